@@ -1,0 +1,132 @@
+"""The few things every part of the package speaks of: votes, certificates, stopping rules."""
+
+import dataclasses
+
+import numpy as np
+
+ABSTAIN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppingRule:
+    """When sampling stops, fixed before it starts.
+
+    `fixed` draws `n0` samples to select a class and `n` further ones to estimate its probability, and
+    looks once. `alpha` is the failure probability the record was planned for; with one look at a fixed
+    n, other values of alpha may be read off the same votes.
+    """
+
+    n0: int
+    n: int
+    alpha: float
+    kind: str = "fixed"
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        check_samples("n0", self.n0)
+        check_samples("n", self.n)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Votes:
+    """Class counts over `n` noisy copies of one image.
+
+    `counts` is int64 of shape (num_classes,). A copy on which the base classifier gave NaN votes for
+    nobody and still counts, so `counts.sum()` may be below `n`.
+    """
+
+    counts: np.ndarray
+    n: int
+
+    def __post_init__(self) -> None:
+        counts = np.asarray(self.counts)
+        if counts.ndim != 1 or counts.size == 0 or not np.issubdtype(counts.dtype, np.integer):
+            raise ValueError(f"counts must be integers of shape (num_classes,), got {counts.dtype} {counts.shape}")
+        if counts.min() < 0 or counts.sum() > self.n:
+            raise ValueError(f"counts must be at least 0 and sum to at most n={self.n}, got {counts.tolist()}")
+        object.__setattr__(self, "counts", counts.astype(np.int64))
+
+    def __add__(self, other: "Votes") -> "Votes":
+        return Votes(self.counts + other.counts, self.n + other.n)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Votes) and self.n == other.n and np.array_equal(self.counts, other.counts)
+
+    @property
+    def top(self) -> int:
+        """The class with most votes; ties go to the lowest."""
+        return int(self.counts.argmax())
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """A claim about the smoothed classifier at one image, wrong with probability at most alpha.
+
+    `predicted` is a class, or ABSTAIN with radius 0.0. No perturbation of `norm` size below `radius`
+    changes the prediction of the smoothed classifier; for grid noise, none that stays on the grid.
+    """
+
+    predicted: int
+    radius: float
+    sigma: float
+    n0: int
+    n: int
+    alpha: float
+    p_a_lower: float
+    n_a: int
+    noise: str = "unstated"
+    norm: str = "L2"
+    rule: str = "fixed"
+    class_name: str | None = None
+
+    @property
+    def abstained(self) -> bool:
+        return self.predicted == ABSTAIN
+
+    def sentence(self) -> str:
+        """The certificate in words; the radius is rounded down."""
+        if self.abstained:
+            return (
+                f"No answer: {self.n_a:,} of {self.n:,} votes do not put one class above one half "
+                f"with {_percent(1 - self.alpha)} confidence (sigma = {self.sigma:g})."
+            )
+        name = self.class_name or f"class {self.predicted}"
+        return (
+            f"With {_percent(1 - self.alpha)} confidence no change of {self.norm} size below "
+            f"{floor_to(self.radius, 3):.3f} moves this prediction: {name} "
+            f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes, {self.noise} noise)."
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self.sentence()}</p>"
+
+
+def _percent(p: float) -> str:
+    return f"{100 * p:.10g}%"
+
+
+def floor_to(radius: float, digits: int) -> float:
+    """A radius rounded down: nearest rounding would print a certificate nobody has."""
+    scaled = np.floor(radius * 10**digits) / 10**digits
+    return float(scaled if scaled <= radius else scaled - 10**-digits)
+
+
+# --- checks of arguments, shared by all who take them ------------------------------------------------
+
+
+def check_alpha(alpha: float) -> None:
+    if not (isinstance(alpha, (int, float, np.floating)) and 0 < alpha < 1):
+        hint = f"; did you mean {1 - alpha / 100:g}?" if isinstance(alpha, (int, float)) and 1 < alpha < 100 else ""
+        raise ValueError(f"alpha must lie in (0, 1), got {alpha!r}{hint}")
+
+
+def check_sigma(sigma: float) -> None:
+    if not (isinstance(sigma, (int, float, np.floating)) and np.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma must be a finite number above 0 (pixel units on [0, 1]), got {sigma!r}")
+    if sigma > 20:
+        raise ValueError(f"sigma must be in pixel units on [0, 1], got {sigma!r}; did you mean {sigma / 255:.3g}?")
+
+
+def check_samples(name: str, n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
