@@ -103,10 +103,9 @@ def save(model: torch.nn.Module, name: str, sigma: float, epochs: int, seconds: 
         "mean": [MEAN], "std": [STD], "num_classes": 10, "first_conv": "patch_embed.proj", "classifier": "head",
         "label_names": names, "license": "mit",
     }  # fmt: skip
-    model.pretrained_cfg = pretrained_cfg
-    save_for_hf(model, str(folder), model_config=dict(pretrained_cfg=pretrained_cfg), model_args=MODEL_ARGS, safe_serialization=True)
-    for pickle in folder.glob("*.bin"):
-        pickle.unlink()
+    config = dict(pretrained_cfg={"architecture": ARCHITECTURE, "tag": name, **pretrained_cfg})
+    save_for_hf(model, str(folder), model_config=config, model_args=MODEL_ARGS, safe_serialization=True)
+    (folder / "model.safetensors").chmod(0o644)
     card = {
         "name": name,
         "architecture": ARCHITECTURE,

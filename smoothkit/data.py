@@ -29,6 +29,14 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+def data_dir() -> Path:
+    """The folder `data/` of the workbook, with starter models and committed records."""
+    folder = Path(__file__).resolve().parent.parent / "data"
+    if not folder.is_dir():
+        raise DataMissing("the workbook's data folder is not beside the package; install from a clone with pip install -e .")
+    return folder
+
+
 class DataMissing(FileNotFoundError):
     """A data set is not at hand; the message says how to get it."""
 

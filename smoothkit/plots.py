@@ -1,0 +1,677 @@
+"""Figures: pure functions from tables of certificates to pictures, plotly to look around and matplotlib to print.
+
+A certificate table is a DataFrame with at least the columns `idx, label, predict, radius, correct`; `predict` is
+ABSTAIN (-1), with radius 0, where there is no answer. Several tables come as a mapping from sigma, or from a name,
+to a table. A sigma has one colour, one dash pattern and one marker in all figures, so that they read in grey too.
+Titles use unicode (σ, Φ⁻¹): LaTeX in plotly needs the network.
+"""
+
+import colorsys
+import dataclasses
+import html
+import io
+import itertools
+import json
+import math
+import os
+import re
+import textwrap
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from .types import ABSTAIN
+
+RADIUS_AXIS = "L2 radius, pixel units on [0, 1]"
+PLOTLY_JS = "plotly.min.js"
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+# plotly 7 puts a button on every figure that uploads it to a cloud service; ours stay here
+PLOTLY_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}
+COLUMNS = ("idx", "label", "predict", "radius", "correct")
+ENVELOPE = "best at each radius"
+
+_FONT = "Arial, Helvetica, DejaVu Sans, sans-serif"
+_WRONG, _NO_ANSWER, _QUIET = "#555555", "#B8B8B8", "#9AA5B1"
+_saved = itertools.count(1)  # the gallery shows figures in the order in which they were made
+
+Tables = Mapping[float | str, pd.DataFrame]
+
+
+# --- one sigma, one look -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one curve looks, in the words of plotly; `line` and `marker` are matplotlib's words for the same."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+    @property
+    def line(self) -> str | tuple:
+        return {
+            "solid": "-",
+            "dash": "--",
+            "dot": ":",
+            "dashdot": "-.",
+            "longdash": (0, (8, 3)),
+            "longdashdot": (0, (8, 3, 1, 3)),
+        }[self.dash]
+
+    @property
+    def marker(self) -> str:
+        names = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "x": "X"}
+        return names[self.symbol]
+
+
+# colours after Okabe and Ito, "Color Universal Design" (2008): told apart with any colour vision
+_STYLES = (
+    Style("#0072B2", "solid", "circle"),
+    Style("#D55E00", "dash", "square"),
+    Style("#009E73", "longdash", "triangle-up"),
+    Style("#CC79A7", "dashdot", "diamond"),
+    Style("#E69F00", "longdashdot", "triangle-down"),
+    Style("#56B4E9", "dot", "x"),
+    Style("#000000", "dot", "circle"),
+)
+_SIGMA_STYLES = {
+    0.0: Style("#000000", "dot", "x"),
+    0.12: Style("#56B4E9", "dashdot", "diamond"),
+    0.25: Style("#0072B2", "solid", "circle"),
+    0.5: Style("#D55E00", "dash", "square"),
+    1.0: Style("#009E73", "longdash", "triangle-up"),
+}
+
+
+def sigma_style(sigma: float) -> Style:
+    """The one look of this sigma: fixed for the usual values, computed from the value for any other."""
+    sigma = _checked_sigma(sigma)
+    if sigma in _SIGMA_STYLES:
+        return _SIGMA_STYLES[sigma]
+    hue = (0.78 + 0.618 * math.log2(sigma)) % 1.0  # steps by the golden ratio: neighbours come out far apart
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.42, 0.5)
+    pick = _STYLES[zlib.crc32(f"{sigma:g}".encode()) % len(_STYLES)]
+    return Style(f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}", pick.dash, pick.symbol)
+
+
+def sigma_colour(sigma: float) -> str:
+    """The colour of this sigma as #RRGGBB, the same throughout the workbook."""
+    return sigma_style(sigma).colour
+
+
+def sigma_label(sigma: float | str) -> str:
+    """`σ = 0.25` for a number; a name stays as it is."""
+    return sigma if isinstance(sigma, str) else f"σ = {_checked_sigma(sigma):g}"
+
+
+def _checked_sigma(sigma: float) -> float:
+    sigma = float(sigma)
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a finite number, at least 0, got {sigma}")
+    return round(sigma, 9)
+
+
+def _style_of(key: float | str, position: int) -> Style:
+    return _STYLES[position % len(_STYLES)] if isinstance(key, str) else sigma_style(key)
+
+
+# --- certified accuracy ------------------------------------------------------------------------------
+
+
+def certified_accuracy_points(
+    tables: Tables, *, radii: Sequence[float] | None = None, envelope: bool = False
+) -> pd.DataFrame:
+    """Certified accuracy as numbers: the share of all inputs that are correct, answered and have `radius >= r`.
+
+    It is a step function that falls right after each certified radius. Without `radii` the table holds every step:
+    a row is the value up to and at its radius, the first row is radius 0, and the last row, one float above the
+    largest radius, is 0.
+
+    Parameters
+    ----------
+    tables : mapping from sigma or name to certificate table
+    radii : sequence of float, optional
+        Evaluate at these radii instead.
+    envelope : bool
+        Add the best value over the tables at each radius. It is a choice made afterwards: the share of alpha that
+        such a choice spends is not in the curve.
+
+    Returns
+    -------
+    DataFrame
+        Columns `curve, sigma, radius, certified_accuracy, certified, inputs`; sigma is NaN for named tables.
+    """
+    tables = _checked_tables(tables)
+    certified = {key: _certified_radii(table) for key, table in tables.items()}
+    frames = []
+    for key, table in tables.items():
+        at = _steps(certified[key]) if radii is None else np.asarray(radii, dtype=np.float64)
+        frames.append(_points(sigma_label(key), key, at, certified[key], len(table)))
+    if envelope:
+        at = _steps(np.concatenate(list(certified.values()))) if radii is None else frames[0]["radius"].to_numpy()
+        frames.append(_envelope_points(at, [(certified[key], len(table)) for key, table in tables.items()]))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _certified_radii(table: pd.DataFrame) -> np.ndarray:
+    counts = table["correct"].to_numpy(dtype=bool) & (table["predict"].to_numpy() != ABSTAIN)
+    return np.sort(table["radius"].to_numpy(dtype=np.float64)[counts])
+
+
+def _steps(certified: np.ndarray) -> np.ndarray:
+    if certified.size == 0:
+        return np.zeros(1)
+    return np.unique(np.concatenate([[0.0], certified, [np.nextafter(certified.max(), np.inf)]]))
+
+
+def _count_at_least(certified: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return certified.size - np.searchsorted(certified, at, side="left")
+
+
+def _points(curve: str, key: float | str, at: np.ndarray, certified: np.ndarray, inputs: int) -> pd.DataFrame:
+    count = _count_at_least(certified, at)
+    sigma = math.nan if isinstance(key, str) else float(key)
+    columns = {"radius": at, "certified_accuracy": count / inputs, "certified": count, "inputs": inputs}
+    return pd.DataFrame({"curve": curve, "sigma": sigma, **columns})
+
+
+def _envelope_points(at: np.ndarray, curves: list[tuple[np.ndarray, int]]) -> pd.DataFrame:
+    best = np.max([_count_at_least(certified, at) / inputs for certified, inputs in curves], axis=0)
+    columns = {"radius": at, "certified_accuracy": best, "certified": -1, "inputs": -1}
+    return pd.DataFrame({"curve": ENVELOPE, "sigma": math.nan, **columns})
+
+
+def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: str = "Certified accuracy") -> go.Figure:
+    """Certified accuracy against the radius, one exact step curve for each table."""
+    tables = _checked_tables(tables)
+    points = certified_accuracy_points(tables, envelope=envelope)
+    fig = go.Figure()
+    if envelope:  # first, so that it lies below the curves
+        best = points[points["curve"] == ENVELOPE]
+        line = {"color": "#C9CED6", "width": 9, "shape": "vh"}
+        hover = "radius %{x:.4f}<br>best of the curves %{y:.3f}<extra></extra>"
+        fig.add_scatter(
+            x=best["radius"], y=best["certified_accuracy"], name=ENVELOPE, line=line, mode="lines", hovertemplate=hover
+        )
+    for position, key in enumerate(tables):
+        curve = points[points["curve"] == sigma_label(key)]
+        fig.add_trace(_step_trace(curve, sigma_label(key), _style_of(key, position)))
+    _dress(fig, title, RADIUS_AXIS, "certified accuracy")
+    fig.update_yaxes(range=[0, 1.02], dtick=0.2)
+    fig.update_xaxes(range=[0, _nice_end(points["radius"].max())])
+    return fig
+
+
+def _step_trace(curve: pd.DataFrame, name: str, style: Style) -> go.Scatter:
+    # hover text is rounded down: a certificate must not grow on display
+    shown = [f"{math.floor(r * 1e4) / 1e4:.4f}" for r in curve["radius"]]
+    return go.Scatter(
+        x=curve["radius"],
+        y=curve["certified_accuracy"],
+        customdata=list(zip(shown, curve["certified"], curve["inputs"], strict=True)),
+        name=name,
+        mode="lines+markers",
+        line={"color": style.colour, "dash": style.dash, "width": 2.2, "shape": "vh"},
+        marker={"symbol": style.symbol, "size": 8, "color": style.colour, "maxdisplayed": 8},
+        hovertemplate="radius ≥ %{customdata[0]}<br>certified accuracy %{y:.3f} "
+        "(%{customdata[1]} of %{customdata[2]})<extra>" + html.escape(name) + "</extra>",
+    )
+
+
+def _nice_end(radius: float) -> float:
+    return max(0.1, 1.04 * float(radius))
+
+
+# --- histograms and votes ----------------------------------------------------------------------------
+
+
+def radius_histogram(
+    tables: pd.DataFrame | Tables, *, bins: int = 24, title: str = "How far the certificates reach"
+) -> go.Figure:
+    """How many inputs have which radius; wrong answers are hatched, and no answer has its own bar on the left."""
+    single = isinstance(tables, pd.DataFrame)
+    tables = _checked_tables({"certificates": tables} if single else tables)
+    top = max(float(table["radius"].max()) for table in tables.values()) or 0.1
+    edges = np.linspace(0, top * (1 + 1e-9), bins + 1)
+    names = None if single else [sigma_label(key) for key in tables]
+    fig = make_subplots(
+        rows=len(tables), cols=1, shared_xaxes=True, subplot_titles=names, vertical_spacing=0.12 / len(tables)
+    )
+    for row, (key, table) in enumerate(tables.items(), start=1):
+        for trace in _histogram_traces(
+            table, edges, _style_of(key, row - 1).colour, first=row == 1, several=not single
+        ):
+            fig.add_trace(trace, row=row, col=1)
+    _dress(fig, title, "", "")
+    fig.update_layout(barmode="stack", bargap=0.06, height=120 + 230 * len(tables) if len(tables) > 1 else 430)
+    ticks = _round_ticks(top)
+    width = edges[1]
+    fig.update_xaxes(
+        tickvals=[-2 * width, *ticks],
+        ticktext=["no<br>answer", *[f"{t:g}" for t in ticks]],
+        range=[-3.6 * width, top + width],
+        tickangle=0,
+    )
+    fig.update_xaxes(title_text=RADIUS_AXIS, row=len(tables), col=1)
+    fig.update_yaxes(title_text="inputs", rangemode="tozero")
+    return fig
+
+
+def _histogram_traces(
+    table: pd.DataFrame, edges: np.ndarray, colour: str, *, first: bool, several: bool
+) -> list[go.Bar]:
+    radius, correct = table["radius"].to_numpy(dtype=float), table["correct"].to_numpy(dtype=bool)
+    answered = table["predict"].to_numpy() != ABSTAIN
+    width = edges[1] - edges[0]
+    centres = (edges[:-1] + edges[1:]) / 2
+    kinds = [
+        ("correct, in σ’s colour" if several else "correct", correct & answered, colour, ""),
+        ("wrong", ~correct & answered, _WRONG, "/"),
+    ]
+    traces = [
+        _bar(name, centres, np.histogram(radius[mask], edges)[0], width, fill, hatch, first)
+        for name, mask, fill, hatch in kinds
+    ]
+    none = np.array([int((~answered).sum())])
+    return [*traces, _bar("no answer", np.array([-2 * width]), none, 1.8 * width, _NO_ANSWER, ".", first)]
+
+
+def _bar(name: str, x: np.ndarray, y: np.ndarray, width: float, colour: str, hatch: str, first: bool) -> go.Bar:
+    where = "" if name == "no answer" else f"radius within {width / 2:.3f} of %{{x:.3f}}<br>"
+    marker = {"color": colour, "line": {"width": 0}}
+    if hatch:
+        marker["pattern"] = {"shape": hatch, "fgcolor": "white", "bgcolor": colour, "size": 6, "solidity": 0.25}
+    return go.Bar(
+        x=x,
+        y=y,
+        width=np.full(len(x), 0.94 * width),
+        name=name,
+        legendgroup=name,
+        showlegend=first,
+        marker=marker,
+        hovertemplate=f"{where}%{{y}} inputs<extra>{name}</extra>",
+    )
+
+
+def _round_ticks(top: float) -> np.ndarray:
+    step = 10.0 ** math.floor(math.log10(top))
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if top / s <= 8)
+    return np.round(np.arange(0, top + step / 2, step), 10)
+
+
+def votes_figure(
+    counts: Sequence[int],
+    class_names: Sequence[str],
+    n: int,
+    title: str = "Votes",
+    *,
+    limits: Mapping[int, tuple[float, float]] | None = None,
+    sigma: float | None = None,
+    most: int = 12,
+) -> go.Figure:
+    """The votes of one image as bars, the winner in colour; the line at one half is what a certificate must pass.
+
+    `limits` maps a class to a lower and an upper confidence limit on its probability. Of many classes only the
+    `most` voted for are shown; the rest, and copies that voted for nobody, get bars of their own.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    if counts.ndim != 1 or len(class_names) != counts.size:
+        raise ValueError(f"class_names must name the {counts.size} classes of counts, got {len(class_names)} names")
+    if n < max(1, int(counts.sum())):
+        raise ValueError(f"n must be at least 1 and at least the number of votes {int(counts.sum())}, got {n}")
+    shown = _classes_to_show(counts, most)
+    names, votes = [str(class_names[c]) for c in shown], [int(counts[c]) for c in shown]
+    winner = int(counts.argmax())
+    colours = [(sigma_colour(sigma) if sigma is not None else "#0072B2") if c == winner else _QUIET for c in shown]
+    for label, amount in (("all others", int(counts.sum()) - sum(votes)), ("no vote", n - int(counts.sum()))):
+        if amount:
+            names, votes, colours = [*names, label], [*votes, amount], [*colours, _NO_ANSWER]
+    share = np.array(votes) / n
+    fig = go.Figure(
+        go.Bar(
+            x=names,
+            y=share,
+            customdata=votes,
+            marker_color=colours,
+            error_y=_error_bars(shown, share, limits),
+            hovertemplate=f"%{{x}}<br>%{{customdata}} of {n:,} votes (%{{y:.2%}})<extra></extra>",
+        )
+    )
+    fig.add_hline(y=0.5, line={"color": "#444444", "dash": "dot", "width": 1.5})
+    _dress(fig, title, "class", f"share of {n:,} votes")
+    fig.update_xaxes(type="category", showgrid=False)
+    fig.update_yaxes(range=[0, 1.02], dtick=0.25)
+    fig.update_layout(showlegend=False, height=380, bargap=0.25)
+    return fig
+
+
+def _classes_to_show(counts: np.ndarray, most: int) -> list[int]:
+    if counts.size <= most:
+        return list(range(counts.size))
+    return sorted(np.argsort(-counts, kind="stable")[:most].tolist())
+
+
+def _error_bars(shown: list[int], share: np.ndarray, limits: Mapping[int, tuple[float, float]] | None) -> dict | None:
+    if not limits:
+        return None
+    up, down = np.full(len(share), np.nan), np.full(len(share), np.nan)
+    for position, cls in enumerate(shown):
+        if cls in limits:
+            low, high = limits[cls]
+            down[position], up[position] = share[position] - low, high - share[position]
+    return {"type": "data", "array": up, "arrayminus": down, "color": "#222222", "thickness": 1.8, "width": 7}
+
+
+# --- pictures ----------------------------------------------------------------------------------------
+
+
+def image_grid(
+    images: object, captions: Sequence[str] | None = None, columns: int | None = None, *, title: str = "", size: int = 0
+) -> go.Figure:
+    """Small pictures side by side, every pixel a square; values are clipped to [0, 1] for display only.
+
+    Parameters
+    ----------
+    images : tensor or array
+        Shape [N, C, H, W] with 1 or 3 channels, values on [0, 1].
+    captions : sequence of str, optional
+        One a picture, shown above it; `<br>` starts a new line.
+    columns : int, optional
+        Pictures in a row; at most 8 if not given.
+    size : int
+        Side of a picture in screen pixels; 0 chooses by the number of columns.
+    """
+    pixels = _display_pixels(images)
+    captions = _checked_captions(captions, len(pixels))
+    columns = min(columns or 8, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    size = size or int(np.clip(900 / columns, 96, 180))
+    lines = max((c.count("<br>") + 1 if c else 0 for c in captions), default=0)
+    gap, head = 12, 10 + 16 * lines
+    width, height = columns * (size + gap), rows * (size + head)
+    fig = make_subplots(
+        rows=rows, cols=columns, horizontal_spacing=gap / width, vertical_spacing=head / height if rows > 1 else 0
+    )
+    for position, picture in enumerate(pixels):
+        fig.add_trace(_picture(picture), row=position // columns + 1, col=position % columns + 1)
+    fig.update_xaxes(visible=False, fixedrange=True, constrain="domain", showgrid=False)
+    fig.update_yaxes(visible=False, fixedrange=True, constrain="domain", showgrid=False, autorange="reversed")
+    _lock_aspect_and_caption(fig, pixels, captions)
+    margin = {"l": 8, "r": 8, "t": head + (44 if title else 4), "b": 8}
+    _dress(fig, title, None, None)
+    fig.update_layout(width=max(width + 16, 220), height=height - head + margin["t"] + 8, margin=margin)
+    fig.update_layout(showlegend=False, plot_bgcolor="white")
+    return fig
+
+
+def _display_pixels(images: object) -> np.ndarray:
+    array = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or len(array) == 0:
+        raise ValueError(f"images must have shape [N, C, H, W] with 1 or 3 channels and N above 0, got {array.shape}")
+    array = np.nan_to_num(array.astype(np.float32), nan=0.0).clip(0, 1)
+    return np.rint(255 * array.transpose(0, 2, 3, 1)).astype(np.uint8)  # [N, H, W, C]
+
+
+def _checked_captions(captions: Sequence[str] | None, n: int) -> list[str]:
+    captions = [""] * n if captions is None else [str(c) for c in captions]
+    if len(captions) != n:
+        raise ValueError(f"captions must be one a picture, {n}, got {len(captions)}")
+    return captions
+
+
+def _picture(picture: np.ndarray) -> go.Heatmap | go.Image:
+    if picture.shape[-1] == 3:
+        return go.Image(z=picture, hovertemplate="row %{y}, column %{x}<br>%{z}<extra></extra>")
+    grey = [[0, "#000000"], [1, "#FFFFFF"]]
+    hover = "row %{y}, column %{x}<br>%{z:.3f}<extra></extra>"
+    z = (picture[..., 0] / 255).astype(np.float32)
+    return go.Heatmap(z=z, zmin=0, zmax=1, zsmooth=False, colorscale=grey, showscale=False, hovertemplate=hover)
+
+
+def _lock_aspect_and_caption(fig: go.Figure, pixels: np.ndarray, captions: list[str]) -> None:
+    rows, columns = fig._get_subplot_rows_columns()
+    cells = list(itertools.product(rows, columns))
+    for caption, (row, col) in zip(captions, cells, strict=False):
+        box = fig.get_subplot(row, col)
+        box.yaxis.scaleanchor = box.xaxis.plotly_name.replace("axis", "")
+        box.xaxis.range = [-0.5, pixels.shape[2] - 0.5]
+        if caption:
+            where = {"x": sum(box.xaxis.domain) / 2, "y": box.yaxis.domain[1], "xref": "paper", "yref": "paper"}
+            look = {"showarrow": False, "font": {"size": 12}, "xanchor": "center", "yanchor": "bottom"}
+            fig.add_annotation(text=caption, **where, **look)
+
+
+# --- the look of all plotly figures ------------------------------------------------------------------
+
+
+def _dress(fig: go.Figure, title: str, x: str | None, y: str | None) -> None:
+    fig.update_layout(
+        template="plotly_white",
+        title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 18}},
+        font={"family": _FONT, "size": 14, "color": "#1F2933"},
+        margin={"l": 70, "r": 24, "t": 60 if title else 24, "b": 60},
+        height=430,
+        hovermode="closest",
+        legend={"bgcolor": "rgba(255,255,255,0.7)", "font": {"size": 14}, "itemwidth": 44},
+    )
+    if x:
+        fig.update_xaxes(title_text=x)
+    if y:
+        fig.update_yaxes(title_text=y)
+
+
+# --- showing and keeping -----------------------------------------------------------------------------
+
+
+def show(
+    fig: go.Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path = "", caption: str = ""
+) -> None:
+    """Show a figure in the notebook and, given a folder, keep it there with its numbers.
+
+    Writes `<name>.html` (drawn by one `plotly.min.js` shared in the folder), `<name>.csv` (the numbers: `table`, or
+    what the traces hold) and `<name>.json` (title, caption and the figure, for the gallery).
+    """
+    _check_name(name)
+    caption = caption or _plain(fig.layout.title.text or name)
+    bundle = json.loads(fig.to_json())
+    shown = {**bundle, "config": PLOTLY_CONFIG}
+    _display({PLOTLY_MIME: shown, "text/plain": f"[figure: {caption}]"})
+    if not str(figures_dir):
+        return
+    folder = Path(figures_dir)
+    ensure_plotly_js(folder)
+    _keep(folder, name, figure_numbers(fig) if table is None else table, caption, figure=bundle)
+    (folder / f"{name}.html").write_text(_figure_page(name, caption, bundle), encoding="utf-8")
+
+
+def show_print(fig: Figure, name: str, table: pd.DataFrame, *, figures_dir: str | Path = "", caption: str = "") -> None:
+    """Show a matplotlib figure as SVG and, given a folder, keep it as `<name>.svg` and `<name>.pdf` with numbers."""
+    _check_name(name)
+    caption = caption or name
+    _display({"image/svg+xml": _rendered(fig, "svg").decode(), "text/plain": f"[figure: {caption}]"})
+    if str(figures_dir):
+        folder = Path(figures_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending in ("svg", "pdf"):
+            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
+        _keep(folder, name, table, caption, image=f"{name}.svg")
+
+
+def _display(bundle: dict) -> None:
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is None:  # a plain script cannot draw; a line of text beats a page of JSON
+        print(bundle["text/plain"])
+    else:
+        display(bundle, raw=True)
+
+
+def _keep(folder: Path, name: str, table: pd.DataFrame, caption: str, **what: object) -> None:
+    table.to_csv(folder / f"{name}.csv", index=False)
+    about = {"name": name, "caption": caption, "order": next(_saved), "notebook": os.environ.get("SMOOTHKIT_NOTEBOOK")}
+    (folder / f"{name}.json").write_text(json.dumps({**about, **what}), encoding="utf-8")
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
+        raise ValueError(f"name must be lower-case letters, digits, - and _ (it becomes a file name), got {name!r}")
+
+
+def _plain(text: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", " ", text)).strip()
+
+
+def figure_numbers(fig: go.Figure) -> pd.DataFrame:
+    """What the traces of a figure hold, in long form: `trace, x, y`, or `trace, row, column, value` for pictures."""
+    frames = []
+    for position, trace in enumerate(fig.data):
+        name = trace.name or f"trace {position}"
+        if getattr(trace, "z", None) is not None:
+            z = np.asarray(trace.z)
+            index = np.indices(z.shape).reshape(z.ndim, -1)
+            named = dict(zip(("row", "column", "channel"), index, strict=False))
+            frames.append(pd.DataFrame({"trace": name, **named, "value": z.ravel()}))
+        elif trace.y is not None:
+            x = trace.x if trace.x is not None else np.arange(len(trace.y))
+            frames.append(pd.DataFrame({"trace": name, "x": np.asarray(x), "y": np.asarray(trace.y)}))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"trace": []})
+
+
+def ensure_plotly_js(folder: Path) -> Path:
+    """The one copy of plotly.js that every figure in a folder shares; written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, content = folder / PLOTLY_JS, get_plotlyjs().encode()
+    if not path.exists() or path.stat().st_size != len(content):
+        part = folder / f".{uuid.uuid4().hex}.part"  # notebooks run side by side: each writes its own, one rename wins
+        part.write_bytes(content)
+        part.replace(path)
+    return path
+
+
+def plotly_div(bundle: dict, div_id: str) -> str:
+    """A div and the script that draws the figure in it; the page must have loaded plotly.js."""
+    figure = {key: bundle[key] for key in ("data", "layout", "frames") if key in bundle} | {"config": PLOTLY_CONFIG}
+    return (
+        f'<div id="{div_id}" class="sk-plot"></div>\n'
+        f'<script>Plotly.newPlot("{div_id}", {script_json(figure)});</script>'
+    )
+
+
+def script_json(value: object) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+
+
+def _figure_page(name: str, caption: str, bundle: dict) -> str:
+    text = html.escape(caption)
+    return textwrap.dedent(f"""\
+        <!DOCTYPE html>
+        <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+        <title>{text}</title><script src="{PLOTLY_JS}"></script>
+        <style>body {{ font-family: {_FONT}; color: #1f2933; background: #fff; margin: 1rem auto; max-width: 1000px;
+        padding: 0 1rem }} a {{ color: #0072b2 }}</style></head><body>
+        <!--figure-->
+        <p>{text} · <a href="{name}.csv">numbers (CSV)</a></p></body></html>
+        """).replace("<!--figure-->", plotly_div(bundle, name))
+
+
+# --- print figures -----------------------------------------------------------------------------------
+
+
+def certified_accuracy_print(
+    tables: Tables, *, envelope: bool = False, title: str = "", size: tuple[float, float] = (5.2, 3.4)
+) -> Figure:
+    """The certified-accuracy curves as a matplotlib figure of `size` inches; no pyplot, so safe in any thread."""
+    tables = _checked_tables(tables)
+    points = certified_accuracy_points(tables, envelope=envelope)
+    fig = Figure(figsize=size, layout="constrained")
+    ax = fig.add_subplot()
+    if envelope:
+        best = points[points["curve"] == ENVELOPE]
+        ax.step(best["radius"], best["certified_accuracy"], where="pre", color="#C9CED6", linewidth=5, label=ENVELOPE)
+    for position, key in enumerate(tables):
+        style, label = _style_of(key, position), sigma_label(key)
+        curve = points[points["curve"] == label]
+        ax.step(
+            curve["radius"],
+            curve["certified_accuracy"],
+            where="pre",
+            label=label,
+            color=style.colour,
+            linestyle=style.line,
+            marker=style.marker,
+            markersize=4.5,
+            markevery=0.12,
+            linewidth=1.5,
+        )
+    ax.set(xlabel=RADIUS_AXIS, ylabel="certified accuracy", ylim=(0, 1), xlim=(0, _nice_end(points["radius"].max())))
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.grid(color="#E3E7EC", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, handlelength=3.2)
+    return fig
+
+
+def print_certified_accuracy(tables: Tables, path: str | Path, *, envelope: bool = False, title: str = "") -> Path:
+    """Write the curves to `path` (.svg, .pdf or .png), the same bytes each time, and the numbers to a CSV beside it."""
+    fig = certified_accuracy_print(tables, envelope=envelope, title=title)
+    return save_print(fig, path, certified_accuracy_points(tables, envelope=envelope))
+
+
+def save_print(fig: Figure, path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a matplotlib figure to `path`, the same bytes each time, and its numbers to a CSV beside it."""
+    path = Path(path)
+    ending = path.suffix.lstrip(".").lower()
+    if ending not in ("svg", "pdf", "png"):
+        raise ValueError(f"path must end in .svg, .pdf or .png, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_rendered(fig, ending))
+    table.to_csv(path.with_suffix(".csv"), index=False)
+    return path
+
+
+def _rendered(fig: Figure, ending: str) -> bytes:
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[ending]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "smoothkit", "svg.fonttype": "path", "pdf.fonttype": 42}):
+        fig.savefig(buffer, format=ending, metadata=undated, dpi=200)
+    return buffer.getvalue()
+
+
+# --- checks ------------------------------------------------------------------------------------------
+
+
+def _checked_tables(tables: Tables) -> dict[float | str, pd.DataFrame]:
+    if not isinstance(tables, Mapping) or not tables:
+        raise ValueError(f"tables must map a sigma or a name to a certificate table, got {type(tables).__name__}")
+    for key, table in tables.items():
+        _check_table(sigma_label(key), table)
+    return {key if isinstance(key, str) else float(key): table for key, table in tables.items()}
+
+
+def _check_table(label: str, table: pd.DataFrame) -> None:
+    missing = [c for c in COLUMNS if c not in table.columns]
+    if missing:
+        raise ValueError(f"table {label!r} lacks the columns {missing}; it has {list(table.columns)}")
+    radius = table["radius"].to_numpy(dtype=np.float64)
+    if len(radius) == 0:
+        raise ValueError(f"table {label!r} is empty; certified accuracy is a share of its rows")
+    if not (np.isfinite(radius) & (radius >= 0)).all():
+        raise ValueError(f"table {label!r} must have finite radii, at least 0, got {radius.min()} to {radius.max()}")

@@ -1,0 +1,276 @@
+"""Append-only vote records on disk: the one expensive thing, kept for ever.
+
+A record is a folder:
+
+    run.json                    format, identity, class names; written once
+    parts/part-000000-a1b2c3d4.parquet    rows (image, purpose, block) -> counts; provenance in the metadata
+
+Parts appear by atomic rename and are never rewritten, so a killed run loses at most the blocks it was
+sampling. *Identity* (data, model, sigma, seed, noise, precision, stopping rule) must agree for a run to
+go on; *provenance* (device, versions, compute batch) is kept per part. Radii are not stored: they are
+computed from the counts on reading. This module knows votes and nothing else.
+"""
+
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smoothkit.types import StoppingRule
+
+FORMAT = 1
+SELECT, ESTIMATE = "select", "estimate"
+BLOCK_KEY = ["image_id", "purpose", "start", "stop"]
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),  # position in the whole split
+        ("key", pa.string()),
+        ("image_id", pa.int64()),
+        ("digest", pa.string()),
+        ("label", pa.int64()),
+        ("purpose", pa.string()),
+        ("start", pa.int64()),  # first sample index of the block
+        ("stop", pa.int64()),
+        ("counts", pa.list_(pa.int64())),
+    ]
+)
+
+
+class RecordError(ValueError):
+    """A record that cannot be used as it is; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What must agree for votes to belong to one record."""
+
+    dataset: str
+    split: str
+    subset: str
+    model: str
+    fingerprint: str
+    num_classes: int
+    sigma: float
+    seed: int
+    noise: str  # "grid:255" or "float"
+    precision: str
+    stopping_rule: StoppingRule
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Identity":
+        return cls(**{**fields, "stopping_rule": StoppingRule(**fields["stopping_rule"])})
+
+    def differences(self, other: "Identity") -> list[str]:
+        """Names and values that differ; a model is known by its fingerprint, whatever it is called."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [f"{name} {theirs[name]!r} instead of {mine[name]!r}" for name in mine if name != "model" and mine[name] != theirs[name]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Counts of all classes over samples start..stop-1 of one image, for one purpose."""
+
+    index: int
+    key: str
+    image_id: int
+    digest: str
+    label: int
+    purpose: str
+    start: int
+    stop: int
+    counts: tuple[int, ...]
+
+
+class Record:
+    """A vote record; with `path=None` it lives in memory only."""
+
+    def __init__(self, path: Path | None, identity: Identity, class_names: tuple[str, ...] = ()) -> None:
+        self.path, self.identity, self.class_names = path, identity, tuple(class_names)
+        self._memory: list[Row] = []
+
+    sigma = property(lambda self: self.identity.sigma)
+    stopping_rule = property(lambda self: self.identity.stopping_rule)
+    num_classes = property(lambda self: self.identity.num_classes)
+
+    def __repr__(self) -> str:
+        where = self.path if self.path else "in memory"
+        return f"Record({where}: {self.identity.model} on {self.identity.dataset}, sigma={self.sigma:g}, n={self.stopping_rule.n:,})"
+
+    # --- writing ---
+
+    def append(self, rows: Iterable[Row], provenance: dict[str, Any]) -> None:
+        """Add one part; it is there whole or not at all."""
+        rows = list(rows)
+        if not rows:
+            return
+        if self.path is None:
+            self._memory.extend(rows)
+            return
+        table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=_SCHEMA)
+        table = table.replace_schema_metadata({b"smoothkit": json.dumps(provenance).encode()})
+        parts = self.path / "parts"
+        number = 1 + max((int(p.name.split("-")[1]) for p in parts.glob("part-*.parquet")), default=-1)
+        final = parts / f"part-{number:06d}-{secrets.token_hex(4)}.parquet"
+        _write_atomically(final, lambda file: pq.write_table(table, file, write_page_checksum=True, compression="zstd"))
+
+    # --- reading ---
+
+    def parts(self) -> list[Path]:
+        return [] if self.path is None else sorted((self.path / "parts").glob("part-*.parquet"))
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Device, versions and compute batch of each part."""
+        return [json.loads(_read_part(p).schema.metadata[b"smoothkit"]) for p in self.parts()]
+
+    def rows(self) -> pd.DataFrame:
+        """All rows, equal duplicates collapsed.
+
+        Raises
+        ------
+        RecordError
+            If a part is damaged, or two rows of one block disagree.
+        """
+        if self.path is None:
+            frame = pd.DataFrame([dataclasses.asdict(row) for row in self._memory], columns=_SCHEMA.names)
+        else:
+            tables = [_read_part(p) for p in self.parts()]
+            frame = pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pandas() if tables else pd.DataFrame(columns=_SCHEMA.names)
+        frame["counts"] = [tuple(int(c) for c in counts) for counts in frame["counts"]]
+        wrong = frame[[len(c) != self.num_classes or sum(c) > b - a for c, a, b in zip(frame["counts"], frame["start"], frame["stop"], strict=True)]]
+        if len(wrong):
+            raise RecordError(f"{self._name()}: image {wrong['key'].iloc[0]} has counts that do not fit {self.num_classes} classes and its block")
+        frame = frame.drop_duplicates([*BLOCK_KEY, "counts", "digest"]).reset_index(drop=True)
+        clash = frame[frame.duplicated(BLOCK_KEY, keep=False)]
+        if len(clash):
+            raise RecordError(
+                f"{self._name()}: image {clash['key'].iloc[0]} has two different counts for one block; "
+                f"the parts come from different runs or machines: keep only one of them"
+            )
+        return frame
+
+    def votes(self, n: int | None = None) -> pd.DataFrame:
+        """One row an image whose selection and estimation samples are complete.
+
+        Parameters
+        ----------
+        n : int, optional
+            Use only the first n estimation samples; must be a block edge (see `edges`).
+
+        Returns
+        -------
+        DataFrame with index, key, image_id, label, counts_selection, counts_estimation (int64 arrays), n0, n;
+        sorted by index.
+        """
+        rule = self.stopping_rule
+        n = rule.n if n is None else n
+        if n not in self.edges():
+            raise RecordError(f"{self._name()}: n={n} is not a block edge; choose one of {self.edges()}")
+        frame = self.rows()
+        ids, first, image = np.unique(frame["image_id"], return_index=True, return_inverse=True)
+        about = frame.iloc[first][["index", "key", "image_id", "label"]].reset_index(drop=True)
+        complete = np.ones(len(ids), dtype=bool)
+        for purpose, column, need in ((SELECT, "counts_selection", rule.n0), (ESTIMATE, "counts_estimation", n)):
+            mine = ((frame["purpose"] == purpose) & (frame["stop"] <= need)).to_numpy()
+            totals = np.zeros((len(ids), self.num_classes), dtype=np.int64)
+            np.add.at(totals, image[mine], np.array(frame["counts"][mine].tolist(), dtype=np.int64).reshape(-1, self.num_classes))
+            samples = np.bincount(image[mine], (frame["stop"] - frame["start"])[mine].astype(float), minlength=len(ids))
+            complete &= samples == need
+            about[column] = list(totals)
+        return about.assign(n0=rule.n0, n=n)[complete].sort_values("index", ignore_index=True)
+
+    def edges(self) -> list[int]:
+        """Values of n at which counts can be read."""
+        return block_edges(self.stopping_rule.n)[1:]
+
+    def _name(self) -> str:
+        return str(self.path or "record in memory")
+
+
+def block_edges(n: int) -> list[int]:
+    """The fixed grid of blocks up to n: 0, 100, 1,000, 10,000, 20,000, ... and n itself."""
+    edges = [0, 100, 1_000, *range(10_000, n, 10_000)]
+    return [e for e in edges if e < n] + [n]
+
+
+def create_record(path: str | os.PathLike | None, identity: Identity, class_names: tuple[str, ...] = ()) -> Record:
+    """Start a record, or go on with the one that is there if its identity agrees.
+
+    Raises
+    ------
+    RecordError
+        If the folder holds the record of another run, or something else.
+    """
+    if path is None:
+        return Record(None, identity, class_names)
+    path = Path(path)
+    if (path / "run.json").is_file():
+        record = open_record(path)
+        differences = record.identity.differences(identity)
+        if differences:
+            raise RecordError(
+                f"{path} is the record of another run: this one has {'; '.join(differences)}. "
+                f"Give another folder, or the settings of that run."
+            )
+        return record
+    if path.exists() and (not path.is_dir() or any(p for p in path.iterdir() if p.name != "parts")):
+        raise RecordError(f"{path} exists and is no record; give a new or empty folder")
+    (path / "parts").mkdir(parents=True, exist_ok=True)
+    about = {"format": FORMAT, "identity": dataclasses.asdict(identity), "class_names": list(class_names)}
+    _write_atomically(path / "run.json", lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
+    return Record(path, identity, class_names)
+
+
+def open_record(path: str | os.PathLike) -> Record:
+    """Read a record's description; rows are read when asked for."""
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        raise RecordError(f"{path} is no vote record: it has no run.json; records are made by `smoothkit certify --out FOLDER`")
+    try:
+        about = json.loads((path / "run.json").read_text())
+        known = about["format"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path / 'run.json'} cannot be read ({error}); restore it from a copy") from None
+    if known != FORMAT:
+        raise RecordError(f"{path} has record format {known}, this version reads {FORMAT}; update smoothkit")
+    try:
+        return Record(path, Identity.from_json(about["identity"]), tuple(about["class_names"]))
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path / 'run.json'} lacks a field ({error}); restore it from a copy") from None
+
+
+def _read_part(path: Path) -> pa.Table:
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (OSError, pa.ArrowException) as error:
+        raise RecordError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120]}); move it away and run again: its votes are sampled anew, the same"
+        ) from None
+    if not table.schema.equals(_SCHEMA):
+        raise RecordError(f"{path} is no part of a vote record: its columns are {', '.join(table.column_names)}")
+    return table
+
+
+def _write_atomically(final: Path, write) -> None:
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # make the new name survive a power cut; Windows cannot open folders
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
