@@ -75,7 +75,10 @@ def train(sigma: float, epochs: int, batch: int = 128) -> torch.nn.Module:
             schedule.step()
             average.update_parameters(model)
         if epoch % 50 == 49:
-            print(f"  epoch {epoch + 1}: loss {loss.item():.3f}, validation {accuracies(average.module, 'validation')}", flush=True)
+            print(
+                f"  epoch {epoch + 1}: loss {loss.item():.3f}, validation {accuracies(average.module, 'validation')}",
+                flush=True,
+            )
     return average.module.eval()
 
 

@@ -33,7 +33,9 @@ def data_dir() -> Path:
     """The folder `data/` of the workbook, with starter models and committed records."""
     folder = Path(__file__).resolve().parent.parent / "data"
     if not folder.is_dir():
-        raise DataMissing("the workbook's data folder is not beside the package; install from a clone with pip install -e .")
+        raise DataMissing(
+            "the workbook's data folder is not beside the package; install from a clone with pip install -e ."
+        )
     return folder
 
 
@@ -205,12 +207,16 @@ def from_arrays(
     check_images(images)
     images = images.detach().cpu().float()
     if grid is not None and off_grid(images, grid) > 1e-3:
-        raise ValueError(f"grid={grid} given, but values lie off it by up to {off_grid(images, grid):.3f} steps; use grid=None")
+        raise ValueError(
+            f"grid={grid} given, but values lie off it by up to {off_grid(images, grid):.3f} steps; use grid=None"
+        )
     labels = np.full(len(images), UNLABELLED) if labels is None else np.asarray(labels, dtype=np.int64)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), got {labels.shape}")
     digests = tuple(content_digest(x) for x in images)
-    return _make(name, "all", digests, labels, class_names, grid, images.__getitem__, ids=tuple(int(d, 16) for d in digests))
+    return _make(
+        name, "all", digests, labels, class_names, grid, images.__getitem__, ids=tuple(int(d, 16) for d in digests)
+    )
 
 
 def load_image(
@@ -300,7 +306,9 @@ def _cifar10_torchvision(folder: Path, split: str, download: bool = False) -> Im
     def read(i: int) -> Tensor:
         return _to_tensor(Image.fromarray(source.data[i]))
 
-    return _make("cifar10", split, [str(i) for i in range(len(source.data))], source.targets, CIFAR10_CLASSES, 255, read)
+    return _make(
+        "cifar10", split, [str(i) for i in range(len(source.data))], source.targets, CIFAR10_CLASSES, 255, read
+    )
 
 
 def download_cifar10(root: str | os.PathLike | None = None) -> Path:
@@ -406,7 +414,9 @@ def _parquet(
     def read(i: int) -> Tensor:
         return _decode(encoded[i].as_py(), size=size, mode="RGB", name=f"{dataset} row {i}")
 
-    return _make(dataset, split, [str(i) for i in range(len(table))], labels, class_names, 255, _same_size(read, dataset))
+    return _make(
+        dataset, split, [str(i) for i in range(len(table))], labels, class_names, 255, _same_size(read, dataset)
+    )
 
 
 def _hub_class_names(schema) -> tuple[str, ...]:

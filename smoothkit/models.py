@@ -64,7 +64,9 @@ class BaseClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.channels is not None and images.shape[1] != self.channels:
             if images.shape[1] != 1:
-                raise ValueError(f"{self.name} wants {self.channels} channels, got images of shape {tuple(images.shape)}")
+                raise ValueError(
+                    f"{self.name} wants {self.channels} channels, got images of shape {tuple(images.shape)}"
+                )
             images = images.expand(-1, self.channels, -1, -1)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode=self.interpolation, antialias=True, align_corners=False)
@@ -139,7 +141,9 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
         network = timm.create_model(location, pretrained=pretrained, num_classes=num_classes, **model_args)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" in str(error):
-            raise ValueError(f"{name}: the weights do not fit the architecture ({str(error).splitlines()[-1].strip()})") from None
+            raise ValueError(
+                f"{name}: the weights do not fit the architecture ({str(error).splitlines()[-1].strip()})"
+            ) from None
         if isinstance(error, RuntimeError) and "pretrained" not in str(error).lower():
             raise
         raise FileNotFoundError(
@@ -196,12 +200,16 @@ def _check_sha256(folder: Path) -> None:
     stated = json.loads((folder / "card.json").read_text())["sha256"]
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != stated:
-        raise ValueError(f"{folder / 'model.safetensors'} is not the file its card describes; restore it or run data/make_starters.py")
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is not the file its card describes; restore it or run data/make_starters.py"
+        )
 
 
 def _check_local_dir(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {folder}; local-dir: wants a folder written by timm.models.save_for_hf")
+        raise FileNotFoundError(
+            f"no config.json in {folder}; local-dir: wants a folder written by timm.models.save_for_hf"
+        )
     if not (folder / "model.safetensors").is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES]
         if pickles:
@@ -244,7 +252,9 @@ def identify(base_classifier: Callable[[Tensor], Tensor], model_id: str | None =
         name = model_id or getattr(base_classifier, "name", None) or type(base_classifier).__name__
         return ModelIdentity(str(name), fingerprint(base_classifier))
     if not callable(base_classifier):
-        raise ValueError(f"base_classifier must be callable on images [B, C, H, W], got {type(base_classifier).__name__}")
+        raise ValueError(
+            f"base_classifier must be callable on images [B, C, H, W], got {type(base_classifier).__name__}"
+        )
     if not model_id:
         raise ValueError(
             "a base classifier that is not an nn.Module cannot be fingerprinted; give model_id=, a name that changes when it does"

@@ -108,7 +108,10 @@ LOG_COEFFICIENTS = (
 )  # fmt: skip
 COS_COEFFICIENTS = (2.45479423e-05, -0.00138883025, 0.0416666642)
 SIN_COEFFICIENTS = (-0.000195878907, 0.00833274797, -0.166666642)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has few bits: its multiples are exact
+_LN2_HIGH, _LN2_LOW = (
+    np.float32(0.693359375),
+    np.float32(-2.12194440e-4),
+)  # the first has few bits: its multiples are exact
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 _NEAR_ONE = np.uint32(0xB504F334)  # words from here on give u >= √½
 _HALF, _TWO_TO_MINUS_32 = np.float32(0.5), np.float32(2.0**-32)
@@ -194,7 +197,9 @@ def _check_counter(num_pixels: int, seed: int, purpose: int, image_id: int, star
     if not 0 <= purpose < 2**8:
         raise ValueError(f"purpose must lie in [0, 256), got {purpose}; use smoothkit.noise.Purpose")
     if not 0 <= image_id < 2**IMAGE_ID_BITS:
-        raise ValueError(f"image_id must lie in [0, 2**56), got {image_id}; make one with smoothkit.noise.image_id(name)")
+        raise ValueError(
+            f"image_id must lie in [0, 2**56), got {image_id}; make one with smoothkit.noise.image_id(name)"
+        )
     if not 0 <= start <= stop <= MAX_SAMPLE:
         raise ValueError(f"samples must satisfy 0 <= start <= stop <= 2**40, got start={start}, stop={stop}")
     if not 0 < num_pixels <= MAX_PIXELS:

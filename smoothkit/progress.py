@@ -24,8 +24,17 @@ class Progress:
 
             self._handle = display(self, display_id=True)
         else:
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-            self._bar = tqdm(total=total, desc=description, unit=" images", bar_format=form, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10)
+            form = (
+                "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+            )
+            self._bar = tqdm(
+                total=total,
+                desc=description,
+                unit=" images",
+                bar_format=form,
+                file=sys.stderr,
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+            )
 
     def update(self, images: float) -> None:
         images = min(images, self.total - self.done)  # rounding, and rows drawn again after running out of memory

@@ -71,7 +71,11 @@ class Identity:
     def differences(self, other: "Identity") -> list[str]:
         """Names and values that differ; a model is known by its fingerprint, whatever it is called."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name} {theirs[name]!r} instead of {mine[name]!r}" for name in mine if name != "model" and mine[name] != theirs[name]]
+        return [
+            f"{name} {theirs[name]!r} instead of {mine[name]!r}"
+            for name in mine
+            if name != "model" and mine[name] != theirs[name]
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +146,22 @@ class Record:
             frame = pd.DataFrame([dataclasses.asdict(row) for row in self._memory], columns=_SCHEMA.names)
         else:
             tables = [_read_part(p) for p in self.parts()]
-            frame = pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pandas() if tables else pd.DataFrame(columns=_SCHEMA.names)
+            frame = (
+                pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pandas()
+                if tables
+                else pd.DataFrame(columns=_SCHEMA.names)
+            )
         frame["counts"] = [tuple(int(c) for c in counts) for counts in frame["counts"]]
-        wrong = frame[[len(c) != self.num_classes or sum(c) > b - a for c, a, b in zip(frame["counts"], frame["start"], frame["stop"], strict=True)]]
+        wrong = frame[
+            [
+                len(c) != self.num_classes or sum(c) > b - a
+                for c, a, b in zip(frame["counts"], frame["start"], frame["stop"], strict=True)
+            ]
+        ]
         if len(wrong):
-            raise RecordError(f"{self._name()}: image {wrong['key'].iloc[0]} has counts that do not fit {self.num_classes} classes and its block")
+            raise RecordError(
+                f"{self._name()}: image {wrong['key'].iloc[0]} has counts that do not fit {self.num_classes} classes and its block"
+            )
         frame = frame.drop_duplicates([*BLOCK_KEY, "counts", "digest"]).reset_index(drop=True)
         clash = frame[frame.duplicated(BLOCK_KEY, keep=False)]
         if len(clash):
@@ -180,7 +195,11 @@ class Record:
         for purpose, column, need in ((SELECT, "counts_selection", rule.n0), (ESTIMATE, "counts_estimation", n)):
             mine = ((frame["purpose"] == purpose) & (frame["stop"] <= need)).to_numpy()
             totals = np.zeros((len(ids), self.num_classes), dtype=np.int64)
-            np.add.at(totals, image[mine], np.array(frame["counts"][mine].tolist(), dtype=np.int64).reshape(-1, self.num_classes))
+            np.add.at(
+                totals,
+                image[mine],
+                np.array(frame["counts"][mine].tolist(), dtype=np.int64).reshape(-1, self.num_classes),
+            )
             samples = np.bincount(image[mine], (frame["stop"] - frame["start"])[mine].astype(float), minlength=len(ids))
             complete &= samples == need
             about[column] = list(totals)
@@ -232,7 +251,9 @@ def open_record(path: str | os.PathLike) -> Record:
     """Read a record's description; rows are read when asked for."""
     path = Path(path)
     if not (path / "run.json").is_file():
-        raise RecordError(f"{path} is no vote record: it has no run.json; records are made by `smoothkit certify --out FOLDER`")
+        raise RecordError(
+            f"{path} is no vote record: it has no run.json; records are made by `smoothkit certify --out FOLDER`"
+        )
     try:
         about = json.loads((path / "run.json").read_text())
         known = about["format"]
@@ -274,3 +295,17 @@ def _write_atomically(final: Path, write) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def compact(record: Record, path: str | os.PathLike) -> Record:
+    """A copy of a finished record as a single part, for keeping; provenance of the parts is gathered."""
+    copy = create_record(path, record.identity, record.class_names)
+    if copy.parts():
+        raise RecordError(f"{path} already has parts; give an empty folder")
+    rows = record.rows().sort_values(["index", "purpose", "start"])
+    shared = [{k: v for k, v in p.items() if k != "time"} for p in record.provenance()]
+    distinct = [p for i, p in enumerate(shared) if p not in shared[:i]]
+    copy.append(
+        [Row(**row) for row in rows.to_dict("records")], {"parts": distinct} if len(distinct) > 1 else distinct[0]
+    )
+    return copy

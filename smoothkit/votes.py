@@ -8,6 +8,7 @@ device until a group of tasks is done.
 
 import contextlib
 import dataclasses
+import itertools
 import platform
 import sys
 import time
@@ -120,7 +121,12 @@ class VoteStream:
 
     def _logits(self, rows: Tensor) -> Tensor:
         logits = self.base_classifier(rows.to(self.device, non_blocking=True))
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows) or not logits.is_floating_point():
+        if (
+            not isinstance(logits, Tensor)
+            or logits.ndim != 2
+            or len(logits) != len(rows)
+            or not logits.is_floating_point()
+        ):
             found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the base classifier must give float logits [{len(rows)}, num_classes], got {found}")
         return logits
@@ -140,19 +146,25 @@ class VoteStream:
             seconds = (time.perf_counter() - begin) / 2
         first = first.cpu()
         if bool(first.isnan().all()):
-            raise ValueError("the base classifier gives NaN for every logit of a probe batch; check its weights and normalisation")
+            raise ValueError(
+                "the base classifier gives NaN for every logit of a probe batch; check its weights and normalisation"
+            )
         _warn_if_not_repeatable(first, again[1])
         return first.shape[1], self.batch / seconds
 
     def _halve(self) -> None:
         if self.batch == 1:
-            raise RuntimeError("the device ran out of memory with a single image; use a smaller model or device='cpu'") from None
+            raise RuntimeError(
+                "the device ran out of memory with a single image; use a smaller model or device='cpu'"
+            ) from None
         self.batch = max(1, self.batch // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with a compute batch of {self.batch}", stacklevel=3)
 
-    def run(self, tasks: Sequence[Task], progress: Callable[[int], None] = lambda samples: None) -> Iterator[tuple[Task, np.ndarray, int]]:
+    def run(
+        self, tasks: Sequence[Task], progress: Callable[[int], None] = lambda samples: None
+    ) -> Iterator[tuple[Task, np.ndarray, int]]:
         """Yield (task, int64 counts [num_classes], batch) for every task; `progress` hears of samples done."""
         remaining = list(tasks)
         while remaining:
@@ -167,7 +179,9 @@ class VoteStream:
                 self._halve()
 
     def _run_at_one_batch_size(self, tasks: Sequence[Task], progress) -> Iterator[tuple[Task, np.ndarray, int]]:
-        slots_at_once = FLUSH_TASKS + self.batch + 1  # a batch completes at most `batch` tasks beyond a nearly full group
+        slots_at_once = (
+            FLUSH_TASKS + self.batch + 1
+        )  # a batch completes at most `batch` tasks beyond a nearly full group
         counts = torch.zeros(slots_at_once * self.num_classes + 1, dtype=torch.int64, device=self.device)
         by_slot = counts[:-1].view(slots_at_once, self.num_classes)
         group_start, last_flush = 0, time.perf_counter()
@@ -175,7 +189,9 @@ class VoteStream:
             self._add_votes(counts, rows, numbers - group_start, used)
             progress(used)
             done = complete - group_start
-            if done and (done >= FLUSH_TASKS or complete == len(tasks) or time.perf_counter() - last_flush > FLUSH_SECONDS):
+            if done and (
+                done >= FLUSH_TASKS or complete == len(tasks) or time.perf_counter() - last_flush > FLUSH_SECONDS
+            ):
                 for task, votes in zip(tasks[group_start:complete], by_slot[:done].cpu().numpy().copy(), strict=True):
                     yield task, votes, self.batch
                 under_way = by_slot[done].clone()
@@ -248,7 +264,7 @@ def collect_votes(
     stopping_rule: StoppingRule,
     seed: int = 0,
     out: str | None = None,
-    grid: int | None | str = "data",
+    grid: int | str | None = "data",
     batch: int | None = None,
     device: str | None = None,
     model_id: str | None = None,
@@ -328,10 +344,12 @@ def missing_tasks(record: Record, images: Images) -> list[Task]:
 
 def _blocks(n: int) -> list[tuple[int, int]]:
     edges = block_edges(n)
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
-def _run_into(record: Record, stream: VoteStream, tasks: list[Task], progress: bool, say: Callable[[str], None]) -> None:
+def _run_into(
+    record: Record, stream: VoteStream, tasks: list[Task], progress: bool, say: Callable[[str], None]
+) -> None:
     images, rule = stream.images, record.stopping_rule
     samples = sum(t.stop - t.start for t in tasks)
     per_image = rule.n0 + rule.n
@@ -379,7 +397,9 @@ def _run_into(record: Record, stream: VoteStream, tasks: list[Task], progress: b
 def provenance(device: torch.device, batch: int) -> dict:
     """What may differ between parts of one record, kept with each."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
         "compute_batch": batch,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

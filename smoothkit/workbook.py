@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,10 +22,6 @@ from pathlib import Path
 
 import nbformat
 import yaml
-
-from .gallery import build_gallery
-
-__all__ = ["Result", "Summary", "build_gallery", "load_preset", "notebooks_dir", "presets", "run_notebooks"]
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 _GRACE = 20.0  # seconds a notebook gets to save itself and end its kernel
@@ -121,7 +118,7 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{what} {name!r} is unknown{hint} There are: {', '.join(known) or 'none'}")
 
 
@@ -200,6 +197,13 @@ def run_notebooks(
     results = _run_all(plan, preset, out, jobs, timeout, log)
     build_gallery(out)
     return Summary(preset, out, tuple(results))
+
+
+def build_gallery(out: str | Path) -> Path:
+    """Write OUT/index.html from what is in OUT; see `smoothkit.gallery`."""
+    from . import gallery  # slow to import, and the process of a notebook does not need it
+
+    return gallery.build_gallery(out)
 
 
 def _plan(name: str, parameters: dict, source: Path, out: Path, jobs: int) -> dict:
@@ -360,14 +364,14 @@ def _execute_job() -> None:
     """Read a job from standard input, execute it, leave the error (or "") in a file."""
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_when_input_closes, daemon=True).start()
-    error = "interrupted"
+    error, paths = "interrupted", _machine_paths(job)
     try:
         error = _execute(job)
     except KeyboardInterrupt:
         pass
     finally:
-        _tidy(Path(job["output"]))
-        Path(job["answer"]).write_text(json.dumps({"error": error}), encoding="utf-8")
+        _tidy(Path(job["output"]), paths)
+        Path(job["answer"]).write_text(json.dumps({"error": without_paths(error, paths)}), encoding="utf-8")
 
 
 def _stop_when_input_closes() -> None:
@@ -404,12 +408,47 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def _tidy(path: Path) -> None:
-    """Drop from a kept notebook what is large (widget state) and what names this machine (papermill's paths)."""
+def _tidy(path: Path, paths: dict[str, str]) -> None:
+    """Drop from a kept notebook what is large (widget state) and what names this machine."""
     if not path.exists():
         return
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for key in ("input_path", "output_path", "parameters", "environment_variables"):
         notebook.metadata.get("papermill", {}).pop(key, None)
+    for cell in notebook.cells:
+        cell.source = without_paths(cell.source, paths)
+        for output in cell.get("outputs", []):
+            _clean_output(output, paths)
     nbformat.write(notebook, path)
+
+
+def _clean_output(output: nbformat.NotebookNode, paths: dict[str, str]) -> None:
+    for key in ("text", "evalue"):
+        if key in output:
+            output[key] = without_paths(output[key], paths)
+    if "traceback" in output:
+        output.traceback = [without_paths(line, paths) for line in output.traceback]
+    for mime in [mime for mime in output.get("data", {}) if mime.startswith("text/")]:
+        output.data[mime] = without_paths(output.data[mime], paths)
+
+
+def _machine_paths(job: dict) -> dict[str, str]:
+    """Folders of this machine and what to show instead; `..` is right for a notebook in OUT/notebooks."""
+    paths = {
+        job["out"]: "..",
+        job["cwd"]: "[notebooks]",
+        sys.prefix: "[environment]",
+        str(_PACKAGE_PARENT): "[workbook]",
+        sys.base_prefix: "[python]",
+        tempfile.gettempdir(): "[temporary]",
+        str(Path.home()): "~",
+    }
+    return {path: shown for path, shown in paths.items() if len(path.strip("/")) > 2 and path != "/usr"}
+
+
+def without_paths(text: str, paths: dict[str, str]) -> str:
+    """The text with the longest match among `paths` replaced; a path inside a longer word stays."""
+    for path in sorted(paths, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w+/=.-]){re.escape(path)}(?![\w-])", lambda _, shown=paths[path]: shown, text)
+    return text

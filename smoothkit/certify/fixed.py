@@ -9,7 +9,13 @@ from smoothkit.types import ABSTAIN, Certificate, Votes, check_alpha, check_sigm
 
 
 def certify_votes(
-    selection: Votes, estimation: Votes, *, sigma: float, alpha: float, noise: str = "unstated", class_names: tuple[str, ...] = ()
+    selection: Votes,
+    estimation: Votes,
+    *,
+    sigma: float,
+    alpha: float,
+    noise: str = "unstated",
+    class_names: tuple[str, ...] = (),
 ) -> Certificate:
     """Certify one input from two independent sets of votes.
 
@@ -46,7 +52,9 @@ def certify_votes(
     check_sigma(sigma)
     check_alpha(alpha)
     if selection.counts.shape != estimation.counts.shape:
-        raise ValueError(f"selection has {len(selection.counts)} classes, estimation {len(estimation.counts)}; they must be equal")
+        raise ValueError(
+            f"selection has {len(selection.counts)} classes, estimation {len(estimation.counts)}; they must be equal"
+        )
     c_a = selection.top
     n_a = int(estimation.counts[c_a])
     p_a_lower = float(clopper_pearson_lower(n_a, estimation.n, alpha))
@@ -89,7 +97,9 @@ def certificates(record: Record, *, alpha: float | None = None, n: int | None = 
         raise RecordError(f"this record stopped by the rule {rule.kind!r}; its counts are no fixed-n sample")
     votes = record.votes(n)
     if votes.empty:
-        raise RecordError(f"{record.path or 'the record'} has no complete image yet; run the same command again to go on")
+        raise RecordError(
+            f"{record.path or 'the record'} has no complete image yet; run the same command again to go on"
+        )
     selection = np.stack(votes["counts_selection"].to_list())  # [images, num_classes]
     estimation = np.stack(votes["counts_estimation"].to_list())
     c_a = selection.argmax(axis=1)

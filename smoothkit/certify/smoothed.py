@@ -54,7 +54,7 @@ class Smoothed:
         alpha: float = 0.001,
         seed: int = 0,
         out: str | os.PathLike | None = None,
-        grid: int | None | str = "data",
+        grid: int | str | None = "data",
         progress: bool = True,
     ) -> Record:
         """All votes that certifying `images` needs, as a record (kept in the folder `out`, or in memory).
@@ -96,7 +96,13 @@ class Smoothed:
         ]
 
     def predict(
-        self, images: Images | Tensor, *, n: int = 1_000, alpha: float = 0.001, seed: int | None = None, grid: int | None | str = "data"
+        self,
+        images: Images | Tensor,
+        *,
+        n: int = 1_000,
+        alpha: float = 0.001,
+        seed: int | None = None,
+        grid: int | str | None = "data",
     ) -> np.ndarray:
         """Classes of images (ABSTAIN = -1), each wrong with probability at most alpha.
 

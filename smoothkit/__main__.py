@@ -1,0 +1,7 @@
+"""`python -m smoothkit`."""
+
+import sys
+
+from smoothkit.cli import main
+
+sys.exit(main())
