@@ -137,7 +137,8 @@ _CODE_OR_MATH = re.compile(
 )
 # spellings that MathJax knows and matplotlib does not
 _SPELLINGS = [
-    (r"\\[td]frac", r"\\frac"),
+    (r"\\[tdc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\[tdc]frac", r"\\frac"),
     (r"\\lVert|\\rVert|\\Vert", r"\\|"),
     (r"\\lvert|\\rvert|\\vert", "|"),
     (r"\\(?:big|Big|bigg|Bigg)[lr]?(?![a-z])", ""),
@@ -147,6 +148,12 @@ _SPELLINGS = [
     (r"\\tag\{([^{}]*)\}", r"\\qquad(\1)"),
     (r"\\mid(?![a-z])", r"\\,|\\,"),
     (r"\\(?:lbrace|\{)", r"\\{"),
+    (r"\\(le|ge|ne)(?![a-zA-Z])", r"\\\1q"),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\(?:display|text|script)style|\\(?:no)?limits", ""),
+    (r"\\mathop\{\s*\\rm\s+([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"\\coloneqq", ":="),
     (r"\\implies", r"\\Rightarrow"),
     (r"\\iff", r"\\Leftrightarrow"),
     (r"\\!", ""),
@@ -206,7 +213,7 @@ th, td { text-align: left; padding: .45rem .7rem; border-bottom: 1px solid var(-
 td.number { text-align: right; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
 .ok { color: var(--good); } .failed, .interrupted { color: var(--bad); font-weight: bold; }
 code { font-size: .9em; overflow-wrap: anywhere; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
+.figures { display: grid; gap: 1rem; grid-auto-flow: dense; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; background: var(--card); min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 .plot { background: #fff; border-radius: 6px 6px 0 0; overflow-x: auto; padding: 4px; }

@@ -172,7 +172,7 @@ class _Layout:
     separator: str | None  # None: any run of blanks
 
     def split(self, line: str) -> list[str]:
-        if self.separator == ",":
+        if self.separator == "," and '"' in line and len(line) < csv.field_size_limit():
             return [field.strip() for field in next(csv.reader([line]), [])]
         return [field.strip() for field in line.split(self.separator)]
 
@@ -225,8 +225,8 @@ def _rows(layout: _Layout, lines: Sequence[str], first: int) -> tuple[list[tuple
 
 def _without_tail(layout: _Layout, fields: list) -> tuple[list, Problem | None]:
     """Split off lines of prose below the last row, such as a summary of the run."""
-    end = len(fields)
-    while end and not _is_number(fields[end - 1][1][layout.at["idx"] if len(fields[end - 1][1]) > 1 else 0]):
+    at, end = layout.at["idx"], len(fields)
+    while end and not any(_is_number(text) for text in fields[end - 1][1][at : at + 1]):
         end -= 1
     tail = fields[end:]
     if not tail or not end:
@@ -244,7 +244,7 @@ def _fault(layout: _Layout, row: list[str], by_name: bool) -> str | None:
         return f"{_count(len(row), 'field')} where the header has {len(layout.names)}"
     for name in ("idx",) if by_name else ("idx", "label", "predict"):
         text = row[layout.at[name]]
-        if not (_is_number(text) and float(text).is_integer()):
+        if not _is_whole(text):
             return f"{name} is {text!r}, not a whole number"
     if "radius" in layout.at:
         text = row[layout.at["radius"]]
@@ -291,7 +291,7 @@ def _table(layout: _Layout, frame: pd.DataFrame, lines: np.ndarray) -> tuple[pd.
 
 def _classes(frame: pd.DataFrame, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Problem]]:
     """Labels and predictions as integers; class names are numbered in alphabetical order."""
-    if all(map(_is_number, frame["label"])):
+    if all(map(_is_whole, frame["label"])) and all(map(_is_whole, frame["predict"])):
         return *(frame[name].astype(float).astype(np.int64).to_numpy() for name in ("label", "predict")), []
     predicted_names = {text for text in frame["predict"] if not _is_negative(text)}
     number = {name: i for i, name in enumerate(sorted(set(frame["label"]) | predicted_names))}
@@ -354,14 +354,15 @@ def _short(path: Path, table: pd.DataFrame, lines: np.ndarray, expected_rows: in
     if len(indices) < 10:
         return []  # too few to speak of a spacing
     gaps = np.diff(indices)
-    step = int(np.bincount(gaps).argmax()) if gaps.max() < 10_000_000 else 0
+    values, counts = np.unique(gaps, return_counts=True)
+    step = int(values[counts.argmax()])
     if step < 2 or (gaps % step).any() or (gaps == step).mean() < 0.5:
         return []
     problems = []
     grid = int((indices[-1] - indices[0]) // step) + 1
     if grid > len(indices):
-        absent = np.setdiff1d(np.arange(grid) * step + indices[0], indices)
-        what = f"{rows} rows; indices in steps of {step} leave out {len(absent)} of {grid} (first {absent[0]})"
+        absent, first = grid - len(indices), int(indices[(gaps != step).argmax()]) + step
+        what = f"{rows} rows; indices in steps of {step} leave out {absent} of {grid} (first {first})"
         problems.append(Problem(last_line, what))
     if indices[0] < step and not any(indices[-1] < size <= indices[-1] + step for size in _sizes(path)):
         problems += _stops_early(rows, int(indices[0]), int(indices[-1]), step, _sizes(path), last_line)
@@ -442,15 +443,22 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _is_whole(text: str) -> bool:
+    return _is_number(text) and float(text).is_integer() and abs(float(text)) < 2**53  # else a float is not exact
+
+
 def _is_negative(text: str) -> bool:
-    return re.fullmatch(r"-\d+", text) is not None
+    return re.fullmatch(r"-[1-9]\d{0,8}", text) is not None
 
 
 def _seconds(text: str) -> float:
     """`15.4`, `0:00:14.2` or `1 day, 0:00:14.2` in seconds; ValueError for anything else."""
     days, _, clock = text.rpartition(",")
     total = 86_400.0 * float(days.split()[0]) if days else 0.0
-    for power, part in enumerate(reversed(clock.split(":"))):
+    parts = clock.split(":")
+    if len(parts) > 3:
+        raise ValueError(text)
+    for power, part in enumerate(reversed(parts)):
         total += float(part) * 60**power
     return total
 

@@ -363,6 +363,7 @@ class _Worker:
 def _execute_job() -> None:
     """Read a job from standard input, execute it, leave the error (or "") in a file."""
     job = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
     threading.Thread(target=_stop_when_input_closes, daemon=True).start()
     error, paths = "interrupted", _machine_paths(job)
     try:

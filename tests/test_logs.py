@@ -5,6 +5,7 @@ read where SMOOTHKIT_DATA says, and those tests skip where it is not set.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,12 @@ DIALECTS = {
     "cohen": ("certify", PLAIN),
     "cohen-predict": (
         "predict",
-        ("idx\tlabel\tpredict\tcorrect\ttime", "0\t3\t3\t1\t0:00:01.5", "1\t5\t-1\t0\t0:00:02.5", "2\t7\t2\t0\t0:00:03.5"),
+        (
+            "idx\tlabel\tpredict\tcorrect\ttime",
+            "0\t3\t3\t1\t0:00:01.5",
+            "1\t5\t-1\t0\t0:00:02.5",
+            "2\t7\t2\t0\t0:00:03.5",
+        ),
     ),
     "smoothadv-predict": (
         "predict",
@@ -142,7 +148,12 @@ DIALECTS = {
     ),
     "vision-api": (
         "certify",
-        ("idx\tcorrect\tradius\tlabel\tpredict", "0\tTrue\t0.4321\t3\t3", "1\tFalse\t0.0\t5\t-1", "2\tFalse\t0.1234\t7\t2"),
+        (
+            "idx\tcorrect\tradius\tlabel\tpredict",
+            "0\tTrue\t0.4321\t3\t3",
+            "1\tFalse\t0.0\t5\t-1",
+            "2\tFalse\t0.1234\t7\t2",
+        ),
     ),
 }
 
@@ -208,12 +219,13 @@ def test_sound_dialects_raise_no_problem(write, dialect):
 )
 def test_what_a_dialect_does_otherwise_is_said(write, dialect, row, what):
     log = read_log(write(*DIALECTS[dialect][1]))
-    with pytest.raises(AssertionError, match=what):
-        raise AssertionError(next(p.what for p in log.problems if p.row == row))
+    assert re.search(what, next(problem.what for problem in log.problems if problem.row == row))
     assert all(problem.severity == "warning" for problem in log.problems)
 
 
-@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: "\n\n" + t + "\n"])
+@pytest.mark.parametrize(
+    "change", [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: "\n\n" + t + "\n"]
+)
 def test_byte_order_marks_line_ends_and_blank_lines_do_no_harm(tmp_path, change):
     path = tmp_path / "log"
     path.write_bytes(change("\n".join(PLAIN) + "\n").encode())
@@ -248,7 +260,7 @@ def test_sigma_and_how_it_is_known(write):
     constant = ("idx\tlabel\tpredict\tradius\tcorrect\tsigma\ttime", "0\t3\t3\t0.4321\t1\t0.12\t1.5")
     assert (read_log(write(*constant)).sigma, read_log(write(*constant)).sigma_source) == (0.12, "column")
     assert read_log(write(*DIALECTS["data-dependent"][1])).sigma is None  # one sigma an image
-    with pytest.raises(ValueError, match="did you mean 0.251"):
+    with pytest.raises(ValueError, match=r"did you mean 0\.251"):
         read_log(path, sigma=64)
 
 
@@ -359,8 +371,16 @@ def grid(count: int, step: int, *, start: int = 0, without: tuple[int, ...] = ()
 @pytest.mark.parametrize(
     ("count", "step", "what"),
     [
-        (427, 100, "427 rows; indices in steps of 100 end at 42600; over 50,000 images they would go on to 49900 (500 rows)"),
-        (250, 20, "250 rows; indices in steps of 20 end at 4980; over 10,000 images they would go on to 9980 (500 rows)"),
+        (
+            427,
+            100,
+            "427 rows; indices in steps of 100 end at 42600; over 50,000 images they would go on to 49900 (500 rows)",
+        ),
+        (
+            250,
+            20,
+            "250 rows; indices in steps of 20 end at 4980; over 10,000 images they would go on to 9980 (500 rows)",
+        ),
         (500, 100, None),
         (500, 20, None),
         (513, 2500, None),  # every 2,500th of the ImageNet training images
@@ -416,6 +436,36 @@ def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, match):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_damaged_file_is_read_or_refused_but_never_breaks(tmp_path, dialect):
+    # 200 files a dialect with a few bytes cut out, doubled or overwritten, at seed 0
+    random = np.random.default_rng(0)
+    whole = ("\n".join(DIALECTS[dialect][1]) + "\n").encode()
+    path = tmp_path / "file"
+    for _ in range(200):
+        raw = bytearray(whole)
+        for _ in range(random.integers(1, 6)):
+            at, length = random.integers(len(raw)), random.integers(1, 12)
+            swaps = [b"", raw[at : at + length] * 2, b"\t", b"-", b"1e99", b"\n", b":::", b"nan", b"\xff"]
+            raw[at : at + length] = swaps[random.integers(len(swaps))]
+            raw = raw or bytearray(b" ")
+        path.write_bytes(raw)
+        try:
+            log = read_log(path)
+        except LogError as error:
+            assert "\n" not in str(error)
+            continue
+        assert len(log.table) and (log.kind == "predict" or np.isfinite(log.table["radius"]).all())
+        assert not log.table.loc[log.table["predict"] == ABSTAIN, "correct"].any()
+
+
+def test_absurd_indices_cost_nothing(write):
+    rows = [f"{i}\t3\t3\t0.4321\t1\t1" for i in [*range(0, 40, 2), 2**52]]
+    assert "leave out" in whats(read_log(write(HEADER, *rows)))
+    with pytest.raises(LogError, match="not a whole number"):
+        read_log(write(HEADER, "1e300\t3\t3\t0.4321\t1\t1"))
+
+
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(LogError, match="no such file"):
         read_log(tmp_path / "nothing")
@@ -436,10 +486,19 @@ def simulated(alpha: float, sigma: float, n: int, *, digits: str = ".3g", images
 @pytest.mark.parametrize("alpha", [0.0001, 0.001, 0.01, 0.05])
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 0.5, 1.0])
 def test_the_alpha_of_simulated_logs_is_found(alpha, sigma):
-    finding = infer_alpha(simulated(alpha, sigma, 100_000), sigma)
-    assert finding.consistent == (alpha,)
+    finding = infer_alpha(simulated(alpha, sigma, 100_000), sigma, claimed=alpha)
+    assert alpha in finding.consistent
+    # at sigma 0.5 the largest radii, above 1, have two decimals: few of them differ and other alphas fit by chance
+    assert len(finding.consistent) == 1 or sigma == 0.5
     assert finding.alpha == alpha
     assert f"fit alpha = {alpha:g}" in finding.sentence
+
+
+def test_several_alphas_that_fit_are_all_named():
+    finding = infer_alpha(simulated(0.0001, 0.5, 100_000), 0.5)
+    assert finding.consistent == (0.0001, 0.02, 0.05)
+    assert finding.alpha is None
+    assert finding.text == "0.0001 or 0.02 or 0.05 (claimed 0.001)"
 
 
 @pytest.mark.parametrize("digits", [".6f", ".4f", ".17g"])
@@ -447,12 +506,11 @@ def test_finer_digits_tell_as_well(digits):
     assert infer_alpha(simulated(0.01, 0.5, 100_000, digits=digits), 0.5).consistent == (0.01,)
 
 
-def test_another_n(tmp_path):
-    table = simulated(0.001, 0.25, 1_000)
-    assert infer_alpha(table, 0.25, n=1_000).consistent == (0.001,)
-    wrong = infer_alpha(table, 0.25, n=10_000)
+def test_another_n():
+    assert infer_alpha(simulated(0.001, 0.25, 1_000), 0.25, n=1_000).consistent == (0.001,)
+    wrong = infer_alpha(simulated(0.001, 0.25, 100_000), 0.25, n=20_000)
     assert wrong.consistent == () and wrong.alpha is None
-    assert "fit no alpha tried at n = 10,000" in wrong.sentence
+    assert "fit no alpha tried at n = 20,000" in wrong.sentence
 
 
 def test_a_log_written_here_still_tells_its_alpha(tmp_path):

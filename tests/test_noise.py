@@ -1,0 +1,189 @@
+"""The bits of the noise, their distribution, and what they may not depend on."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from smoothkit import noise
+from smoothkit.noise import Purpose
+
+F = 0xFFFFFFFF
+# Known answers for philox4x32-10 published with Random123 1.14 (kat_vectors): counter, key, words
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((F, F, F, F), (F, F), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+BITS = ["3f7dbb31", "bf6cb6b0", "bf1e1b9e", "bef6d1b1"]
+EDGE_WORDS = [0, 1, 2, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 0xB504F332, 0xB504F333, 0xB504F334, 3 * 2**29, F - 1, F]
+
+
+def draw(num_pixels=64, seed=1, purpose=Purpose.ESTIMATE, image_id=5, start=0, stop=100):
+    return noise.standard_normal(num_pixels, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, words):
+    assert tuple(int(w) for w in noise.philox4x32(counter, key)) == words
+
+
+def test_counter_layout():
+    """block 24 bits, sample 40, image 56, purpose 8, from the lowest bit of the 128-bit counter."""
+    block, sample, image, purpose = 0xABCDEF, 0x12_3456_789A, 0xFE_DCBA_9876_5432, 0x5A
+    words = noise._counter(purpose, image, np.array([sample]), np.array([block]))
+    value = sum(int(np.asarray(w).ravel()[0]) << 32 * i for i, w in enumerate(words))
+    assert value == block | sample << 24 | image << 64 | purpose << 120
+
+
+def test_standard_normal_is_box_muller_of_the_counter():
+    z = draw(num_pixels=10, seed=2**63 + 7, purpose=Purpose.SELECT, image_id=2**55 + 3, start=2**33, stop=2**33 + 1)[0]
+    for pixel in range(10):
+        counter = noise._counter(Purpose.SELECT, 2**55 + 3, np.array([2**33]), np.array([pixel // 4]))
+        words = [w.astype(np.uint32) for w in noise.philox4x32(counter, (7, 2**31))]
+        pair = noise.box_muller(words[pixel % 4 // 2 * 2], words[pixel % 4 // 2 * 2 + 1])
+        assert z[pixel] == pair[pixel % 2].item()
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "low", "high"),
+    [
+        ("LOG_COEFFICIENTS", lambda f: (mpmath.log1p(f) - f + f * f / 2) / f**3, 2**-0.5 - 1, 2**0.5 - 1),
+        ("COS_COEFFICIENTS", lambda s: (mpmath.cos(mpmath.sqrt(s)) - 1 + s / 2) / s**2, 0, (np.pi / 4) ** 2),
+        ("SIN_COEFFICIENTS", lambda s: (mpmath.sin(mpmath.sqrt(s)) / mpmath.sqrt(s) - 1) / s, 0, (np.pi / 4) ** 2),
+    ],
+)
+def test_coefficients_are_fits_at_chebyshev_nodes(name, function, low, high):
+    coefficients = getattr(noise, name)
+    n = len(coefficients)
+    nodes = np.cos(np.pi * (np.arange(n) + 0.5) / n) * (high - low) / 2 + (low + high) / 2
+    with mpmath.workdps(40):
+        values = np.array([float(function(mpmath.mpf(float(x)))) for x in nodes])
+    fit = np.polynomial.Chebyshev.fit(nodes, values, n - 1, domain=[low, high]).convert(kind=np.polynomial.Polynomial)
+    np.testing.assert_allclose(coefficients, fit.coef[::-1], rtol=1e-6)
+
+
+def test_normals_are_close_to_exact_ones():
+    rng = np.random.default_rng(0)
+    words = np.concatenate([rng.integers(0, 2**32, 100_000), EDGE_WORDS]).astype(np.uint32)
+    angles = np.concatenate([rng.integers(0, 2**32, 100_000), EDGE_WORDS[::-1]]).astype(np.uint32)
+    z0, z1 = noise.box_muller(words, angles)
+    u, v = (words.astype(np.longdouble) + 0.5) / 2**32, (angles.astype(np.longdouble) + 0.5) / 2**32
+    radius = np.sqrt(-2 * np.log(u))
+    assert z0.dtype == z1.dtype == np.float32
+    assert np.abs(z0 - radius * np.cos(2 * np.pi * v)).max() < 1e-6
+    assert np.abs(z1 - radius * np.sin(2 * np.pi * v)).max() < 1e-6
+    assert 6.7 < np.hypot(z0, z1).max() < 6.77  # the word 0: tails from 32 bits
+
+
+def test_samples_follow_the_normal_distribution():
+    """Each check fails by chance with probability 1e-4 at a random seed; this seed is fixed."""
+    z = draw(num_pixels=1000, stop=1000).ravel().astype(np.float64)
+    assert stats.kstest(z, "norm").pvalue > 1e-4
+    n = z.size
+    assert abs(z.mean()) < 3.9 / np.sqrt(n)
+    assert abs(z.var() - 1) < 3.9 * np.sqrt(2 / n)
+    assert abs((z**3).mean()) < 3.9 * np.sqrt(15 / n)
+    assert abs((z**4).mean() - 3) < 3.9 * np.sqrt(96 / n)
+    assert abs((np.abs(z) > 3).mean() - 2 * stats.norm.sf(3)) < 3.9 * np.sqrt(2 * stats.norm.sf(3) / n)
+
+
+@pytest.mark.parametrize("other", ["sample", "image", "purpose", "seed", "pixel"])
+def test_neighbouring_counters_are_uncorrelated(other):
+    """One correlation each over 100,000 pairs; chance of failure 1e-4."""
+    a = draw(num_pixels=1000, stop=100)
+    b = {
+        "sample": lambda: draw(num_pixels=1000, start=1, stop=101),
+        "image": lambda: draw(num_pixels=1000, image_id=6),
+        "purpose": lambda: draw(num_pixels=1000, purpose=Purpose.PREDICT),
+        "seed": lambda: draw(num_pixels=1000, seed=2),
+        "pixel": lambda: np.roll(a, 1, axis=1),
+    }[other]()
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 3.9 / np.sqrt(a.size)
+    assert abs(np.corrcoef(a.ravel() ** 2, b.ravel() ** 2)[0, 1]) < 3.9 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("num_pixels", [1, 3, 4, 65, 3072])
+def test_any_range_gives_the_same_samples(num_pixels):
+    whole = draw(num_pixels=num_pixels, stop=150)
+    pieces = [draw(num_pixels=num_pixels, start=a, stop=b) for a, b in [(0, 1), (1, 8), (8, 8), (8, 150)]]
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert np.array_equal(whole[:, :1], draw(num_pixels=1, stop=150))
+
+
+def test_purposes_are_those_of_the_format():
+    assert {p.name: p.value for p in Purpose} == {
+        "TRAIN": 0, "PILOT": 1, "ATTACK": 2, "SELECT": 3, "ESTIMATE": 4, "PREDICT": 5,
+    }  # fmt: skip
+
+
+def test_bits_are_fixed_for_ever():
+    """First values as float32 bits, from this implementation when the format was decided."""
+    z = draw(num_pixels=4, seed=0, purpose=Purpose.TRAIN, image_id=0, stop=1)[0]
+    words = KNOWN_ANSWERS[0][2]  # counter 0, key 0
+    exact = [
+        np.sqrt(-2 * np.log((words[i] + 0.5) / 2**32)) * f(2 * np.pi * (words[i + 1] + 0.5) / 2**32)
+        for i in (0, 2)
+        for f in (np.cos, np.sin)
+    ]
+    np.testing.assert_allclose(z, exact, atol=5e-7)
+    assert [f"{b:08x}" for b in z.view(np.uint32)] == BITS
+
+
+@pytest.mark.parametrize("grid", [255, 256])
+def test_grid_noise_does_not_depend_on_the_image(grid):
+    """On the grid, adding noise to two images gives the same integer steps: nothing of the image leaks."""
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.integers(0, grid + 1, (1, 8, 8)).astype(np.float32) / grid).float() for _ in range(2))
+    settings = dict(sigma=0.25, seed=3, purpose=Purpose.ESTIMATE, image_id=1, start=0, stop=200, grid=grid)
+    steps = [(noise.noisy_copies(x, **settings).double() * grid).round() - (x.double() * grid).round() for x in (a, b)]
+    assert torch.equal(steps[0], steps[1])
+    noisy = noise.noisy_copies(a, **settings)
+    assert float((noisy.double() * grid - (noisy.double() * grid).round()).abs().max()) < 1e-3
+    # variance of rounded noise: sigma² + 1 / (12 grid²)
+    assert abs(steps[0].div(grid).std() - np.sqrt(0.25**2 + 1 / (12 * grid**2))) < 3.9 * 0.25 / np.sqrt(2 * 12_800)
+
+
+def test_float_noise_is_sigma_times_normals():
+    image = torch.full((3, 4, 4), 0.5)
+    settings = dict(seed=3, purpose=Purpose.ESTIMATE, image_id=1, start=7, stop=20)
+    noisy = noise.noisy_copies(image, sigma=0.5, grid=None, **settings)
+    z = noise.standard_normal(48, **settings)
+    assert torch.equal(noisy, torch.from_numpy(np.float32(0.5) + np.float32(0.5) * z).reshape(13, 3, 4, 4))
+
+
+def test_scale_is_never_below_sigma():
+    for sigma in (0.1, 0.12, 0.25, 1 / 3, 0.7):
+        assert float(noise._float32_at_least(sigma)) >= sigma
+        assert float(noise._float32_at_least(sigma)) - sigma <= 1.2e-7 * sigma
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed must lie"),
+        ({"seed": 2**64}, "seed must lie"),
+        ({"image_id": 2**56}, "image_id must lie"),
+        ({"start": 5, "stop": 4}, "start <= stop"),
+        ({"stop": 2**40 + 1}, "start <= stop"),
+        ({"num_pixels": 0}, "values"),
+        ({"purpose": 256}, "purpose must lie"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**change)
+
+
+def test_ids_and_digests():
+    assert 0 <= noise.image_id("digits:test:4") < 2**56
+    assert noise.image_id("digits:test:4") != noise.image_id("digits:test:5")
+    image = torch.zeros(1, 2, 2)
+    assert noise.content_digest(image) != noise.content_digest(image.reshape(1, 1, 4))
+    assert noise.content_digest(image) == noise.content_digest(image.clone())
+    assert len({noise.fresh_seed() for _ in range(8)}) == 8
