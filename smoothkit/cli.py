@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 FORMATS = ("table", "csv", "markdown", "latex")
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +133,7 @@ def _certify(options: argparse.Namespace) -> int:
         grid="data" if options.noise == "grid" else None,
     )
     cap = radius_cap(options.n, options.alpha, options.sigma)
-    _print_report(*report([options.out], [r for r in (0.0, 0.25, 0.5, 0.75, 1.0) if r <= cap]), "table")
+    _print_report(report([options.out], [r for r in RADII if r <= cap]), "table")
     return 0
 
 
@@ -142,9 +143,7 @@ def _certify(options: argparse.Namespace) -> int:
 def _add_report(commands) -> None:
     parser = _command(commands, "report", _report, "certified accuracy of records and published logs, one row a path")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a record folder or a published log")
-    parser.add_argument(
-        "--radii", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="R", help="L2 radii"
-    )
+    parser.add_argument("--radii", nargs="+", type=float, default=list(RADII), metavar="R", help="L2 radii")
     parser.add_argument("--alpha", type=float, default=None, help="recompute records at this failure probability")
     parser.add_argument("--format", choices=FORMATS, default="table")
 
@@ -152,14 +151,14 @@ def _add_report(commands) -> None:
 def _report(options: argparse.Namespace) -> int:
     from smoothkit.report import report
 
-    _print_report(*report(options.paths, options.radii, alpha=options.alpha), options.format)
+    _print_report(report(options.paths, options.radii, alpha=options.alpha), options.format)
     return 0
 
 
-def _print_report(frame, problems: Sequence[str], form: str) -> None:
+def _print_report(frame, form: str) -> None:
     from smoothkit.report import format_table
 
-    for line in problems:
+    for line in frame.attrs["warnings"]:
         print(f"smoothkit: warning: {line}", file=sys.stderr)
     print(format_table(frame, form))
 

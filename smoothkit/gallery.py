@@ -109,9 +109,7 @@ def notebook_page(path: Path) -> str:
     """An executed notebook as HTML that loads nothing but `../figures/plotly.min.js`."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
-    exporter = HTMLExporter(
-        extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})], template_file="offline.html.j2", embed_images=True
-    )
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.html.j2": _TEMPLATE})], template_file="offline.html.j2")
     exporter.register_preprocessor(OfflineOutputs(), enabled=True)
     resources = {"metadata": {"name": path.stem, "path": str(path.parent)}}
     page, _ = exporter.from_notebook_node(notebook, resources)
@@ -132,7 +130,7 @@ def strip_remote(page: str) -> str:
 # --- TeX without MathJax -----------------------------------------------------------------------------
 
 _CODE_OR_MATH = re.compile(
-    r"(?P<code>```.*?```|~~~.*?~~~|`+[^`]*`+)|\$\$(?P<display>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)",
+    r"(?P<code>```.*?```|~~~.*?~~~|`+[^`]*`+)|\$\$(?P<display>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$`](?:[^$\n`]*[^\s$\\`])?)\$(?!\d)",
     re.DOTALL,
 )
 # spellings that MathJax knows and matplotlib does not
@@ -191,7 +189,7 @@ def _tex_picture(tex: str) -> str:
     except (ValueError, RuntimeError):
         return f"<code>{shown}</code>"
     data = base64.b64encode(buffer.getvalue()).decode()
-    style = f"height:{height / size * 1.06:.3f}em;vertical-align:{-depth / size * 1.06:.3f}em"
+    style = f"height:{height / size * 1.15:.3f}em;vertical-align:{-depth / size * 1.15:.3f}em"
     return f'<img class="sk-math" alt="{shown}" style="{style}" src="data:image/svg+xml;base64,{data}">'
 
 

@@ -132,7 +132,9 @@ def test_two_class_radius():
 )
 def test_predict_p_values(top, second, p):
     assert float(bounds.predict_p_value(top, second)) == pytest.approx(p, rel=1e-4)
-    assert float(bounds.predict_p_value(top, second)) == pytest.approx(stats.binomtest(top, top + second).pvalue, rel=1e-9)
+    assert float(bounds.predict_p_value(top, second)) == pytest.approx(
+        stats.binomtest(top, top + second).pvalue, rel=1e-9
+    )
 
 
 def test_least_samples():
