@@ -1,0 +1,77 @@
+"""Checks for the exercises of the notebooks.
+
+A check prints the first case an answer gets wrong, or that all are right, and raises nothing; a solution
+calls the same check with `strict=True`, so that running the notebook proves it.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from smoothkit.bounds import clopper_pearson_lower, radius, radius_cap
+from smoothkit.types import ABSTAIN
+
+
+def check_radius(answer: Callable[[int, int, float, float], float], *, strict: bool = False) -> bool:
+    """`answer(k, n, sigma, alpha)` is the certified radius of k votes in n; 0 where there is none."""
+    cases = [
+        (990, 1000, 0.25, 0.001),
+        (600, 1000, 0.25, 0.001),
+        (1000, 1000, 0.5, 0.001),
+        (500, 1000, 0.25, 0.001),
+        (0, 10, 1.0, 0.05),
+    ]
+    return _numbers(
+        answer,
+        [(case, float(radius(clopper_pearson_lower(case[0], case[1], case[3]), case[2]))) for case in cases],
+        strict,
+    )
+
+
+def check_samples_for_radius(answer: Callable[[float, float, float], int], *, strict: bool = False) -> bool:
+    """`answer(r, sigma, alpha)` is the fewest samples whose unanimous vote certifies radius r."""
+    cases = [(0.5, 0.25, 0.001), (0.25, 0.25, 0.001), (1.0, 0.5, 0.05)]
+    return _numbers(answer, [(case, _fewest(*case)) for case in cases], strict)
+
+
+def _fewest(r: float, sigma: float, alpha: float) -> int:
+    n = 1
+    while radius_cap(n, alpha, sigma) < r:
+        n += 1
+    return n
+
+
+def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> bool:
+    """`answer(labels, predictions, radii, r)` is the certified accuracy at radius r over all inputs."""
+    labels, predictions, radii = (
+        np.array([3, 1, 4, 1, 5]),
+        np.array([3, 1, ABSTAIN, 2, 5]),
+        np.array([0.5, 0.2, 0.0, 0.9, 0.5]),
+    )
+    cases = [
+        ((labels, predictions, radii, r), share)
+        for r, share in ((0.0, 0.6), (0.2, 0.6), (0.3, 0.4), (0.5, 0.4), (0.8, 0.0))
+    ]
+    return _numbers(answer, cases, strict)
+
+
+def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> bool:
+    for arguments, expected in cases:
+        shown = ", ".join(str(a.tolist() if isinstance(a, np.ndarray) else a) for a in arguments)
+        try:
+            got = answer(*arguments)
+        except Exception as error:
+            return _wrong(f"answer({shown}) raised {type(error).__name__}: {error}", strict)
+        if got is None or got is Ellipsis:
+            return _wrong("no answer yet: replace the dots", strict)
+        if not np.isscalar(got) or not np.isclose(float(got), expected, rtol=1e-6, atol=1e-9):
+            return _wrong(f"answer({shown}) gave {got}, expected {expected:.6g}", strict)
+    print("All cases right.")
+    return True
+
+
+def _wrong(what: str, strict: bool) -> bool:
+    if strict:
+        raise AssertionError(what)
+    print(f"Not yet: {what}")
+    return False
