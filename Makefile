@@ -6,16 +6,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 PRESET ?= digits
 JOBS   ?= 1
+WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test lab figures records starters lint format clean help
+.PHONY: run test lab figures records starters readme lint format clean help
 
 run: $(READY)
 	$(BIN)/smoothkit run --preset $(PRESET) --jobs $(JOBS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --junitxml=runs/tests.xml
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -25,6 +26,9 @@ figures: $(READY)
 
 records: $(READY)
 	$(BIN)/python data/make_records.py
+
+readme: $(READY)
+	$(BIN)/python data/make_readme.py
 
 starters: $(READY)
 	$(BIN)/python data/make_starters.py
@@ -45,6 +49,7 @@ help:
 	@echo "make figures [PRESET=digits]        regenerate the figures and tables of 60_paper_figures"
 	@echo "make records                        sample the committed vote records again (about half an hour)"
 	@echo "make starters                       train the starter models again (about ten minutes)"
+	@echo "make readme                         numbers and figure of the READMEs from records"
 	@echo "make lint, make format, make clean"
 
 # A virtual environment with everything; uv is used when it is there, for speed.

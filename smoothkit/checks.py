@@ -12,7 +12,7 @@ from smoothkit.bounds import clopper_pearson_lower, radius, radius_cap
 from smoothkit.types import ABSTAIN
 
 
-def check_radius(answer: Callable[[int, int, float, float], float], *, strict: bool = False) -> bool:
+def check_radius(answer: Callable[[int, int, float, float], float], *, strict: bool = False) -> None:
     """`answer(k, n, sigma, alpha)` is the certified radius of k votes in n; 0 where there is none."""
     cases = [
         (990, 1000, 0.25, 0.001),
@@ -28,7 +28,7 @@ def check_radius(answer: Callable[[int, int, float, float], float], *, strict: b
     )
 
 
-def check_samples_for_radius(answer: Callable[[float, float, float], int], *, strict: bool = False) -> bool:
+def check_samples_for_radius(answer: Callable[[float, float, float], int], *, strict: bool = False) -> None:
     """`answer(r, sigma, alpha)` is the fewest samples whose unanimous vote certifies radius r."""
     cases = [(0.5, 0.25, 0.001), (0.25, 0.25, 0.001), (1.0, 0.5, 0.05)]
     return _numbers(answer, [(case, _fewest(*case)) for case in cases], strict)
@@ -41,7 +41,7 @@ def _fewest(r: float, sigma: float, alpha: float) -> int:
     return n
 
 
-def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> bool:
+def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> None:
     """`answer(labels, predictions, radii, r)` is the certified accuracy at radius r over all inputs."""
     labels, predictions, radii = (
         np.array([3, 1, 4, 1, 5]),
@@ -55,7 +55,7 @@ def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> bool:
     return _numbers(answer, cases, strict)
 
 
-def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> bool:
+def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> None:
     for arguments, expected in cases:
         shown = ", ".join(str(a.tolist() if isinstance(a, np.ndarray) else a) for a in arguments)
         try:
@@ -67,11 +67,9 @@ def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: boo
         if not np.isscalar(got) or not np.isclose(float(got), expected, rtol=1e-6, atol=1e-9):
             return _wrong(f"answer({shown}) gave {got}, expected {expected:.6g}", strict)
     print("All cases right.")
-    return True
 
 
-def _wrong(what: str, strict: bool) -> bool:
+def _wrong(what: str, strict: bool) -> None:
     if strict:
         raise AssertionError(what)
     print(f"Not yet: {what}")
-    return False

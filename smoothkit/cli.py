@@ -160,7 +160,7 @@ def _print_report(frame, form: str) -> None:
 
     for line in frame.attrs["warnings"]:
         print(f"smoothkit: warning: {line}", file=sys.stderr)
-    print(format_table(frame, form))
+    print(format_table(frame, form), end="")
 
 
 def _add_claims(commands) -> None:
@@ -172,5 +172,5 @@ def _claims(options: argparse.Namespace) -> int:
     from smoothkit.claims import claims
     from smoothkit.report import format_table
 
-    print(format_table(claims(), options.format))
+    print(format_table(claims(), options.format), end="")
     return 0

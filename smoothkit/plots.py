@@ -215,6 +215,9 @@ def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: s
     _dress(fig, title, RADIUS_AXIS, "certified accuracy")
     fig.update_yaxes(range=[0, 1.02], dtick=0.2)
     fig.update_xaxes(range=[0, _nice_end(points["radius"].max())])
+    fig.update_layout(
+        legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
+    )  # the curves fall away from there
     return fig
 
 

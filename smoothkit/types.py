@@ -94,11 +94,16 @@ class Certificate:
         return (
             f"With {_percent(1 - self.alpha)} confidence no change of {self.norm} size below "
             f"{floor_to(self.radius, 3):.3f} moves this prediction: {name} "
-            f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes, {self.noise} noise)."
+            f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes{_noise_in_words(self.noise)})."
         )
 
     def _repr_html_(self) -> str:
         return f"<p>{self.sentence()}</p>"
+
+
+def _noise_in_words(noise: str) -> str:
+    kind, _, grid = noise.partition(":")
+    return {"grid": f", noise on the 1/{grid} grid", "float": ", float noise"}.get(kind, "")
 
 
 def _percent(p: float) -> str:
