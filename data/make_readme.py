@@ -57,7 +57,8 @@ def times_sentence() -> str:
     return (
         f"Measured on {times['cores']} CPU cores ({times['machine']}, Python {times['python']}, torch {times['torch']}): "
         f"`make run` executes the {len(times['notebooks'])} notebooks in {notebooks / 60:.1f} minutes, `make test` runs "
-        f"{tests['passed']} tests in {tests['seconds'] / 60:.1f} minutes ({tests['skipped']} skipped); the installation comes on top, once.\n"
+        f"{tests['passed']} tests in {tests['seconds'] / 60:.1f} minutes ({tests['skipped']} skipped). "
+        "The installation comes on top, once.\n"
     )
 
 

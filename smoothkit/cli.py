@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 FORMATS = ("table", "csv", "markdown", "latex")
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -65,6 +66,11 @@ def _run(options: argparse.Namespace) -> int:
     from smoothkit.workbook import run_notebooks
 
     summary = run_notebooks(options.notebooks or None, preset=options.preset, out=options.out, jobs=options.jobs)
+    failed = [result.name for result in summary.failed]
+    if failed:
+        print(f"smoothkit: not finished: {', '.join(failed)}; the gallery says why", file=sys.stderr)
+    here = Path.cwd()
+    print(f"gallery: {summary.index.relative_to(here) if summary.index.is_relative_to(here) else summary.index}")
     return summary.exit_status
 
 

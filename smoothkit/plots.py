@@ -272,6 +272,7 @@ def radius_histogram(
         tickangle=0,
     )
     fig.update_xaxes(title_text=RADIUS_AXIS, row=len(tables), col=1)
+    fig.update_layout(margin_b=84)  # room for two lines of ticks and the title
     fig.update_yaxes(title_text="inputs", rangemode="tozero")
     return fig
 

@@ -231,6 +231,8 @@ def _environment(name: str, out: Path, jobs: int) -> dict[str, str]:
     env["PLOTLY_RENDERER"] = "plotly_mimetype"  # the default adds 5 MB of JavaScript to each figure
     env["SMOOTHKIT_NOTEBOOK"] = name  # plots.show writes it beside the figure
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), env.get("PYTHONPATH", "")]))
+    if env.get("SMOOTHKIT_DATA"):  # a relative path means the folder we were started in, not that of the notebooks
+        env["SMOOTHKIT_DATA"] = str(Path(env["SMOOTHKIT_DATA"]).expanduser().resolve())
     if jobs > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     return env

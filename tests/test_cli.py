@@ -192,3 +192,10 @@ def test_ctrl_c_ends_cleanly(tmp_path):
     assert process.returncode == 130, err
     assert "interrupted; what was finished is kept" in err and "Traceback" not in err
     assert 0 < len(open_record(out).rows()) < 4 * 360
+
+
+def test_run_ends_by_naming_the_gallery(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("smoothkit.workbook._run_all", lambda plan, *_: [])
+    assert main(["run", "00", "--preset", "smoke"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"gallery: {os.path.join('runs', 'smoke', 'index.html')}"

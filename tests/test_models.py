@@ -160,3 +160,21 @@ def test_cards_and_configs_agree():
         folder = ROOT / "data" / "starters" / name
         config, card = json.loads((folder / "config.json").read_text()), models.starter_card(name)
         assert config["architecture"] == card["architecture"] and config["pretrained_cfg"]["tag"] == name
+
+
+def test_imagenet_sized_images_through_random_weights(tmp_path, monkeypatch):
+    """The whole way at 224 pixels and 1,000 classes, on a generated folder."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        folder = tmp_path / "imagenet" / "val" / f"n{i:08d}"
+        folder.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (256, 280, 3), dtype=np.uint8)).save(folder / "x.JPEG")
+    monkeypatch.setenv("SMOOTHKIT_DATA", str(tmp_path))
+    torch.manual_seed(0)
+    smoothed = Smoothed(models.load("resnet10t", pretrained=False), 0.5, batch=8)
+    record = smoothed.sample(data.load("imagenet"), n0=4, n=12, alpha=0.01, progress=False)
+    assert record.num_classes == 1000 and record.identity.noise == "grid:255"
+    assert [int(c.sum()) for c in record.votes()["counts_estimation"]] == [12, 12]
