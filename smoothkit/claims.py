@@ -57,6 +57,11 @@ def _cohen_on_digits() -> Iterator[Claim]:
         _certified(clean, 0.25),
     )
     yield _more(
+        "a larger sigma certifies more at a large radius (0.25 against 0.12 at radius 0.3)",
+        _certified(trained[0.25], 0.3),
+        _certified(trained[0.12], 0.3),
+    )
+    yield _more(
         "a larger sigma certifies more at a large radius (0.5 against 0.25 at radius 0.75)",
         _certified(trained[0.5], 0.75),
         _certified(trained[0.25], 0.75),

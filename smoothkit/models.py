@@ -148,7 +148,8 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
             raise
         raise FileNotFoundError(
             f"the weights of {name} are not at hand ({_first_line(error)}); connect to the network once, set HF_HOME to "
-            f"a cache that has them, give local-dir:FOLDER, or take random weights with pretrained=False"
+            f"a cache that has them (and HF_HUB_OFFLINE=1 to skip the retries), give local-dir:FOLDER, or take random weights "
+            f"with pretrained=False"
         ) from None
     config = timm.data.resolve_model_data_config(network)
     channels, *size = config["input_size"]
@@ -165,7 +166,8 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.split(". ")[0][:200]
 
 
 def _wants_fixed_size(network: nn.Module) -> bool:

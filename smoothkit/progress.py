@@ -67,6 +67,11 @@ class Progress:
         return {"text/plain": self._line(), "text/html": f"<div>{bar} {self._line()}</div>"}
 
 
+def say(line: str) -> None:
+    """A line for the reader: on standard error in a terminal; in a notebook, where that is red, on standard output."""
+    print(line, file=sys.stdout if _in_notebook() else sys.stderr)
+
+
 def format_seconds(seconds: float) -> str:
     """A duration to read: `8 s`, `3 min`, `2.5 h`."""
     if seconds == float("inf"):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from smoothkit.data import Images
 from smoothkit.models import identify
 from smoothkit.noise import Purpose, content_digest, noisy_copies
-from smoothkit.progress import Progress, format_seconds
+from smoothkit.progress import Progress, format_seconds, say
 from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, block_edges, create_record
 from smoothkit.types import StoppingRule, check_samples, check_sigma
 
@@ -42,6 +41,10 @@ class Task:
     purpose: Purpose
     start: int
     stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a task needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
 
 
 def count_votes_reference(logits: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ class VoteStream:
 
     def _halve(self) -> None:
         if self.batch == 1:
-            raise RuntimeError(
+            raise MemoryError(
                 "the device ran out of memory with a single image; use a smaller model or device='cpu'"
             ) from None
         self.batch = max(1, self.batch // 2)
@@ -179,9 +182,8 @@ class VoteStream:
                 self._halve()
 
     def _run_at_one_batch_size(self, tasks: Sequence[Task], progress) -> Iterator[tuple[Task, np.ndarray, int]]:
-        slots_at_once = (
-            FLUSH_TASKS + self.batch + 1
-        )  # a batch completes at most `batch` tasks beyond a nearly full group
+        # a batch completes at most `batch` tasks beyond a nearly full group
+        slots_at_once = FLUSH_TASKS + self.batch + 1
         counts = torch.zeros(slots_at_once * self.num_classes + 1, dtype=torch.int64, device=self.device)
         by_slot = counts[:-1].view(slots_at_once, self.num_classes)
         group_start, last_flush = 0, time.perf_counter()
@@ -269,7 +271,6 @@ def collect_votes(
     device: str | None = None,
     model_id: str | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Record:
     """Sample all votes a stopping rule asks for, into a record that survives interruption.
 
@@ -284,7 +285,8 @@ def collect_votes(
     batch, device : see `VoteStream`
     model_id : str, optional
         Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
-    say : where the line about the cost of a long run goes
+    progress : bool
+        Show a progress bar, and before a long run a line that says what it will cost.
 
     Raises
     ------
@@ -321,7 +323,7 @@ def collect_votes(
     record = create_record(out, identity, names)
     tasks = missing_tasks(record, images)
     if tasks:
-        _run_into(record, stream, tasks, progress, say)
+        _run_into(record, stream, tasks, progress)
     return record
 
 
@@ -347,9 +349,7 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _run_into(
-    record: Record, stream: VoteStream, tasks: list[Task], progress: bool, say: Callable[[str], None]
-) -> None:
+def _run_into(record: Record, stream: VoteStream, tasks: list[Task], progress: bool) -> None:
     images, rule = stream.images, record.stopping_rule
     samples = sum(t.stop - t.start for t in tasks)
     per_image = rule.n0 + rule.n

@@ -59,9 +59,9 @@ def test_votes_equal_a_plain_loop(starter, digits):
         assert counts.tolist() == expected.tolist() and counts.sum() == n and batch == 50
 
 
-@pytest.mark.parametrize("tasks", [[(0, 0, 1)], [(0, 3, 3), (1, 0, 7)], [(i % 5, 0, 1 + i) for i in range(150)]])
+@pytest.mark.parametrize("tasks", [[(0, 0, 1)], [(0, 3, 4), (1, 0, 7)], [(i % 5, 0, 1 + i) for i in range(150)]])
 def test_any_mixture_of_tasks(tasks, digits):
-    """Short, empty and many tasks: more than a group, none a multiple of the batch."""
+    """Short and many tasks: more than a group, none a multiple of the batch."""
 
     def brightest_row(images):  # ten classes from pixels alone, and cheap
         return torch.cat([images[:, 0].sum(2), images[:, 0].sum(1)[:, :2]], dim=1)
@@ -76,6 +76,12 @@ def test_any_mixture_of_tasks(tasks, digits):
             start=task.start, stop=task.stop, grid=256,
         )  # fmt: skip
         assert counts.tolist() == count_votes_reference(brightest_row(noisy)).tolist()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(3, 3), (5, 4), (-1, 4)])
+def test_tasks_without_samples(start, stop):
+    with pytest.raises(ValueError, match="0 <= start < stop"):
+        Task(0, Purpose.SELECT, start, stop)
 
 
 def test_submissions_of_1_7_and_256_images_give_equal_votes(starter, digits):
@@ -218,7 +224,7 @@ def test_out_of_memory_with_a_single_image(digits):
     def never(images):
         raise torch.OutOfMemoryError("pretend")
 
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="with a single image"):
+    with warnings.catch_warnings(), pytest.raises(MemoryError, match="with a single image"):
         warnings.simplefilter("ignore")
         stream(never, digits.take("first:1"), batch=4)
 
