@@ -29,7 +29,8 @@ def test_starters_under_noise():
         name: models.starter_card(name)["test_accuracy_of_the_base_classifier_by_sigma"] for name in models.starters()
     }
     assert set(cards) == {"digits-vit-clean", "digits-vit-0.12", "digits-vit-0.25", "digits-vit-0.50"}
-    assert cards["digits-vit-clean"]["0.25"] < 0.65 and cards["digits-vit-0.25"]["0.25"] > 0.89
+    assert cards["digits-vit-clean"]["0.25"] < 0.7 and cards["digits-vit-0.25"]["0.25"] > 0.9
+    assert cards["digits-vit-0.50"]["0.5"] > 0.75
 
 
 def test_preprocessing_is_inside():
