@@ -212,7 +212,7 @@ def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: s
     for position, key in enumerate(tables):
         curve = points[points["curve"] == sigma_label(key)]
         fig.add_trace(_step_trace(curve, sigma_label(key), _style_of(key, position)))
-    _dress(fig, title, RADIUS_AXIS, "certified accuracy")
+    dress(fig, title, RADIUS_AXIS, "certified accuracy")
     fig.update_yaxes(range=[0, 1.02], dtick=0.2)
     fig.update_xaxes(range=[0, _nice_end(points["radius"].max())])
     fig.update_layout(
@@ -261,7 +261,7 @@ def radius_histogram(
             table, edges, _style_of(key, row - 1).colour, first=row == 1, several=not single
         ):
             fig.add_trace(trace, row=row, col=1)
-    _dress(fig, title, "", "")
+    dress(fig, title, "", "")
     fig.update_layout(barmode="stack", bargap=0.06, height=120 + 230 * len(tables) if len(tables) > 1 else 430)
     ticks = _round_ticks(top)
     width = edges[1]
@@ -358,7 +358,7 @@ def votes_figure(
         )
     )
     fig.add_hline(y=0.5, line={"color": "#444444", "dash": "dot", "width": 1.5})
-    _dress(fig, title, "class", f"share of {n:,} votes")
+    dress(fig, title, "class", f"share of {n:,} votes")
     fig.update_xaxes(type="category", showgrid=False)
     fig.update_yaxes(range=[0, 1.02], dtick=0.25)
     fig.update_layout(showlegend=False, height=380, bargap=0.25)
@@ -418,7 +418,7 @@ def image_grid(
     fig.update_yaxes(visible=False, fixedrange=True, constrain="domain", showgrid=False, autorange="reversed")
     _lock_aspect_and_caption(fig, pixels, captions)
     margin = {"l": 8, "r": 8, "t": head + (44 if title else 4), "b": 8}
-    _dress(fig, title, None, None)
+    dress(fig, title, None, None)
     fig.update_layout(width=max(width + 16, 220), height=height - head + margin["t"] + 8, margin=margin)
     fig.update_layout(showlegend=False, plot_bgcolor="white")
     return fig
@@ -464,7 +464,8 @@ def _lock_aspect_and_caption(fig: go.Figure, pixels: np.ndarray, captions: list[
 # --- the look of all plotly figures ------------------------------------------------------------------
 
 
-def _dress(fig: go.Figure, title: str, x: str | None, y: str | None) -> None:
+def dress(fig: go.Figure, title: str, x: str | None = None, y: str | None = None) -> None:
+    """Give a figure the workbook's look, its title and the titles of its axes."""
     fig.update_layout(
         template="plotly_white",
         title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 18}},
