@@ -131,3 +131,113 @@ def check_reach(n: int, alpha: float, *, predict: bool = False) -> None:
         raise ValueError(
             f"n={n} cannot reach alpha={alpha:g}: even unanimous votes would abstain; use n of at least {least}"
         )
+
+
+# --- stopping boundaries: tests that may be looked at again and again ----------------------------------
+
+WEALTH_MARGIN = 1e-6  # log wealth is compared with this much to spare; far above its rounding error
+
+
+def log_wealth_above(h: np.ndarray | int, t: np.ndarray | int, p_r: float) -> np.ndarray:
+    """Log of the wealth of a bettor who says p > p_r, after h successes in t draws.
+
+    A Beta(1/2, 1/2) mixture of likelihood ratios (Krichevsky-Trofimov), cut to q > p_r. Whatever the true
+    p <= p_r, the wealth is a non-negative supermartingale that starts at 1, so the chance that it *ever*
+    reaches 1 / alpha is at most alpha (Ville): it may be looked at as often as one likes.
+
+    References
+    ----------
+    Voráček, "Treatment of Statistical Estimation Problems in Randomized Smoothing", NeurIPS 2024, for the
+    two-sided wealth; the cut makes it one-sided, and sharper.
+    """
+    return _log_wealth(h, t, p_r, special.betaincc)
+
+
+def log_wealth_below(h: np.ndarray | int, t: np.ndarray | int, p_r: float) -> np.ndarray:
+    """The same for a bettor who says p < p_r: the mixture cut to q < p_r."""
+    return _log_wealth(h, t, p_r, special.betainc)
+
+
+def _log_wealth(h, t, p_r: float, tail) -> np.ndarray:
+    a, b = np.asarray(h) + 0.5, np.asarray(t) - np.asarray(h) + 0.5
+    with np.errstate(divide="ignore"):  # a tail that underflows is log 0: no evidence, the safe side
+        mixture = special.betaln(a, b) + np.log(tail(a, b, p_r))
+    start = special.betaln(0.5, 0.5) + np.log(tail(0.5, 0.5, p_r))
+    return mixture - start - special.xlogy(a - 0.5, p_r) - special.xlog1py(b - 0.5, -p_r)
+
+
+def kt_boundaries(looks: np.ndarray, p_r: float, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """At each look, the fewest successes that prove p > p_r and the most that prove p < p_r.
+
+    Parameters
+    ----------
+    looks : int array, numbers of draws at which is looked, increasing
+    p_r : float in (0, 1)
+    alpha : float
+        Chance of ever proving p > p_r although p <= p_r.
+    beta : float
+        The same for p < p_r. It ends hopeless cases early and costs power only, never soundness.
+
+    Returns
+    -------
+    up, down : int64 arrays [len(looks)]; up is looks + 1 and down is -1 where nothing proves it.
+    """
+    check_alpha(alpha)
+    check_alpha(beta)
+    looks = np.asarray(looks, dtype=np.int64)
+    up = _smallest(looks, lambda h: log_wealth_above(h, looks, p_r) >= -math.log(alpha) + WEALTH_MARGIN)
+    down = looks - _smallest(
+        looks, lambda misses: log_wealth_below(looks - misses, looks, p_r) >= -math.log(beta) + WEALTH_MARGIN
+    )
+    return up, down
+
+
+def clopper_pearson_count(n: np.ndarray | int, p_r: float, alpha: float) -> np.ndarray:
+    """The fewest successes in n that put the Clopper-Pearson lower bound above p_r; n + 1 if none do."""
+    check_alpha(alpha)
+    n = np.asarray(n, dtype=np.int64)
+    return _smallest(n, lambda k: stats.binom.sf(k - 1, n, p_r) < alpha * (1 - 1e-9))
+
+
+def _smallest(n: np.ndarray, proves) -> np.ndarray:
+    """Bisection for the smallest k in 0..n at which a condition monotone in k holds; n + 1 if it never does."""
+    low, high = np.full(n.shape, -1, dtype=np.int64), n + 1  # fails at low, holds at high
+    while (high - low > 1).any():
+        middle = np.where(high - low > 1, (low + high) // 2, low)
+        holds = (middle >= 0) & proves(np.maximum(middle, 0))
+        high, low = np.where(holds & (high - low > 1), middle, high), np.where(~holds, middle, low)
+    return high
+
+
+def decision_probabilities(looks: np.ndarray, up: np.ndarray, down: np.ndarray, p: float) -> dict[str, float]:
+    """Exact chances that a test with boundaries ends one way or the other, when draws succeed with probability p.
+
+    Dynamic programming over the number of successes of runs that are undecided at each look. Outcomes of
+    chance below 1e-25 are dropped.
+
+    Returns
+    -------
+    dict with `certified`, `rejected`, `undecided` (at the last look) and `draws`, the mean number of draws.
+    """
+    alive, lowest = np.ones(1), 0  # alive[i]: chance of lowest + i successes so far, undecided
+    certified = rejected = draws = 0.0
+    previous = 0
+    for look, high, low in zip(np.asarray(looks), np.asarray(up), np.asarray(down), strict=True):
+        step = int(look - previous)
+        draws += step * alive.sum()
+        alive = np.convolve(alive, stats.binom.pmf(np.arange(step + 1), step, p))
+        successes = lowest + np.arange(len(alive))
+        certified += alive[successes >= high].sum()
+        rejected += alive[successes <= low].sum()
+        keep = (successes < high) & (successes > low) & (alive > 1e-25)
+        if not keep.any():
+            alive = np.zeros(1)
+            break
+        inside = slice(keep.argmax(), len(keep) - keep[::-1].argmax())
+        alive, lowest, previous = alive[inside], int(successes[inside][0]), look
+    return {
+        "certified": float(certified),
+        "rejected": float(rejected),
+        "undecided": float(alive.sum()),
+        "draws": float(draws),
+    }

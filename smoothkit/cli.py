@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_certify(commands)
     _add_report(commands)
     _add_claims(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -92,6 +93,20 @@ def _add_certify(commands) -> None:
     parser.add_argument("--out", required=True, metavar="RECORD", help="folder of the record")
     parser.add_argument("--n0", type=int, default=100, help="samples to select the class")
     parser.add_argument("--alpha", type=float, default=0.001, help="failure probability of each certificate")
+    parser.add_argument(
+        "--radii",
+        nargs="+",
+        type=float,
+        default=None,
+        metavar="R",
+        help="sample only until these L2 radii are decided, n at most",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("hybrid", "kt", "staged"),
+        default="hybrid",
+        help="how --radii are decided; see 10_certification",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--split", default="test", help="test, train, or validation where there is one")
     parser.add_argument("--subset", default="all", help="all, first:100, every:20 or range:500:1000")
@@ -129,15 +144,13 @@ def _certify(options: argparse.Namespace) -> int:
         batch=options.batch,
         device=options.device or ("cuda" if torch.cuda.is_available() else None),
     )
-    smoothed.sample(
-        images,
-        n0=options.n0,
-        n=options.n,
-        alpha=options.alpha,
-        seed=options.seed,
-        out=options.out,
-        grid="data" if options.noise == "grid" else None,
-    )
+    common = dict(n0=options.n0, alpha=options.alpha, seed=options.seed, out=options.out)
+    common["grid"] = "data" if options.noise == "grid" else None
+    if options.radii:
+        smoothed.sample_sequentially(images, options.radii, n_max=options.n, kind=options.rule, **common)
+        _print_report(report([options.out], sorted(options.radii)), "table")
+        return 0
+    smoothed.sample(images, n=options.n, **common)
     cap = radius_cap(options.n, options.alpha, options.sigma)
     _print_report(report([options.out], [r for r in RADII if r <= cap]), "table")
     return 0
@@ -179,4 +192,26 @@ def _claims(options: argparse.Namespace) -> int:
     from smoothkit.report import format_table
 
     print(format_table(claims(), options.format), end="")
+    return 0
+
+
+# --- bench -------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands) -> None:
+    parser = _command(commands, "bench", _bench, "measure ratios side by side and save them with machine and versions")
+    parser.add_argument(
+        "name", choices=("samples",), metavar="NAME", help="samples: a fixed n over sequential certification"
+    )
+    parser.add_argument("--quick", action="store_true", help="a part of it, within seconds")
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder of the JSON; data/benchmarks if not given")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from smoothkit.bench import run
+
+    table, ratio, path = run(options.name, quick=options.quick, out=Path(options.out) if options.out else None)
+    print(table.round(4).to_string(index=False))
+    print(f"saved {path.name}", file=sys.stderr)
+    print(f"{options.name} ratio={ratio:.2f}")
     return 0

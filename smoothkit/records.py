@@ -12,6 +12,7 @@ computed from the counts on reading. This module knows votes and nothing else.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import secrets
@@ -24,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smoothkit.types import StoppingRule
+from smoothkit.types import StoppingRule, block_edges
 
 FORMAT = 1
 SELECT, ESTIMATE = "select", "estimate"
@@ -185,6 +186,10 @@ class Record:
         sorted by index.
         """
         rule = self.stopping_rule
+        if rule.kind != "fixed":
+            raise RecordError(
+                f"{self._name()} stopped by the rule {rule.kind!r}; its counts are no fixed-n sample, see `looks`"
+            )
         n = rule.n if n is None else n
         if n not in self.edges():
             raise RecordError(f"{self._name()}: n={n} is not a block edge; choose one of {self.edges()}")
@@ -205,18 +210,38 @@ class Record:
             about[column] = list(totals)
         return about.assign(n0=rule.n0, n=n)[complete].sort_values("index", ignore_index=True)
 
+    def looks(self) -> pd.DataFrame:
+        """One row an image, with its selection and its counts at each look of a sequential rule.
+
+        Returns
+        -------
+        DataFrame with index, key, image_id, label, counts_selection (int64 array, None while incomplete) and
+        counts_at_looks (int64 array [looks done, num_classes], cumulative over the contiguous prefix).
+        """
+        edges = self.stopping_rule.edges()
+        rows = []
+        for (index, key, image_id, label), blocks in self.rows().groupby(
+            ["index", "key", "image_id", "label"], sort=True
+        ):
+            counted = {
+                (p, a, b): c for p, a, b, c in blocks[["purpose", "start", "stop", "counts"]].itertuples(index=False)
+            }
+            selection = [counted.get((SELECT, a, b)) for a, b in itertools.pairwise(block_edges(self.stopping_rule.n0))]
+            done = itertools.takewhile(
+                lambda c: c is not None, (counted.get((ESTIMATE, a, b)) for a, b in itertools.pairwise(edges))
+            )
+            at_looks = np.array(list(done), dtype=np.int64).reshape(-1, self.num_classes).cumsum(axis=0)
+            complete = None not in selection
+            rows.append((index, key, image_id, label, np.sum(selection, axis=0) if complete else None, at_looks))
+        columns = ["index", "key", "image_id", "label", "counts_selection", "counts_at_looks"]
+        return pd.DataFrame(rows, columns=columns)
+
     def edges(self) -> list[int]:
         """Values of n at which counts can be read."""
-        return block_edges(self.stopping_rule.n)[1:]
+        return self.stopping_rule.edges()[1:]
 
     def _name(self) -> str:
         return str(self.path or "record in memory")
-
-
-def block_edges(n: int) -> list[int]:
-    """The fixed grid of blocks up to n: 0, 100, 1,000, 10,000, 20,000, ... and n itself."""
-    edges = [0, 100, 1_000, *range(10_000, n, 10_000)]
-    return [e for e in edges if e < n] + [n]
 
 
 def create_record(path: str | os.PathLike | None, identity: Identity, class_names: tuple[str, ...] = ()) -> Record:

@@ -14,17 +14,58 @@ class StoppingRule:
     `fixed` draws `n0` samples to select a class and `n` further ones to estimate its probability, and
     looks once. `alpha` is the failure probability the record was planned for; with one look at a fixed
     n, other values of alpha may be read off the same votes.
+
+    The sequential kinds `hybrid`, `kt` and `staged` decide whether each of the `radii` is certified, look
+    after each number of estimation samples in `looks` (the last is `n`), and stop an image when all radii
+    are decided. `beta` bounds the chance of giving a radius up wrongly, which costs power only.
+    `skip_wrong` does not sample an image whose selected class is not its label: enough for certified
+    accuracy, and no statement about the class.
     """
 
     n0: int
     n: int
     alpha: float
     kind: str = "fixed"
+    radii: tuple[float, ...] = ()
+    looks: tuple[int, ...] = ()
+    beta: float | None = None
+    skip_wrong: bool = False
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         check_samples("n0", self.n0)
         check_samples("n", self.n)
+        object.__setattr__(self, "radii", tuple(float(r) for r in self.radii))
+        object.__setattr__(self, "looks", tuple(int(t) for t in self.looks))
+        if self.kind not in RULE_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(RULE_KINDS)}, got {self.kind!r}")
+        if self.kind == "fixed":
+            if self.radii or self.looks or self.beta is not None or self.skip_wrong:
+                raise ValueError("a fixed rule has no radii, looks, beta or skip_wrong")
+            return
+        check_alpha(self.beta, "beta")
+        if not self.radii or min(self.radii) < 0 or list(self.radii) != sorted(set(self.radii)):
+            raise ValueError(f"radii must be increasing and at least 0, got {self.radii}")
+        if (
+            not self.looks
+            or self.looks[0] < 1
+            or list(self.looks) != sorted(set(self.looks))
+            or self.looks[-1] != self.n
+        ):
+            raise ValueError(f"looks must be increasing sample counts that end at n={self.n}, got {self.looks}")
+
+    def edges(self) -> list[int]:
+        """Edges of the blocks of estimation samples, from 0 to n."""
+        return [0, *self.looks] if self.looks else block_edges(self.n)
+
+
+RULE_KINDS = ("fixed", "hybrid", "kt", "staged")
+
+
+def block_edges(n: int) -> list[int]:
+    """The fixed grid of blocks up to n: 0, 100, 1,000, 10,000, 20,000, ... and n itself."""
+    edges = [0, 100, 1_000, *range(10_000, n, 10_000)]
+    return [e for e in edges if e < n] + [n]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,10 +160,10 @@ def floor_to(radius: float, digits: int) -> float:
 # --- checks of arguments, shared by all who take them ------------------------------------------------
 
 
-def check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float | None, name: str = "alpha") -> None:
     if not (isinstance(alpha, (int, float, np.floating)) and 0 < alpha < 1):
         hint = f"; did you mean {1 - alpha / 100:g}?" if isinstance(alpha, (int, float)) and 1 < alpha < 100 else ""
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha!r}{hint}")
+        raise ValueError(f"{name} must lie in (0, 1), got {alpha!r}{hint}")
 
 
 def check_sigma(sigma: float) -> None:

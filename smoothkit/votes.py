@@ -9,6 +9,7 @@ device until a group of tasks is done.
 import contextlib
 import dataclasses
 import itertools
+import os
 import platform
 import time
 import warnings
@@ -22,15 +23,15 @@ from smoothkit.data import Images
 from smoothkit.models import identify
 from smoothkit.noise import Purpose, content_digest, noisy_copies
 from smoothkit.progress import Progress, format_seconds, say
-from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, block_edges, create_record
-from smoothkit.types import StoppingRule, check_samples, check_sigma
+from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, create_record
+from smoothkit.types import StoppingRule, block_edges, check_samples, check_sigma
 
 DEFAULT_BATCH = {"cpu": 100, "cuda": 400}  # on a CPU larger batches lose to page faults
 FLUSH_TASKS, FLUSH_SECONDS = 64, 1.0  # counts come to the host after so many tasks, or so long
 PART_SECONDS = 10.0  # between parts of a record; what a killed run loses at most
 LONG_RUN = 20.0  # seconds; a longer run announces its cost
 
-_PURPOSES = {SELECT: Purpose.SELECT, ESTIMATE: Purpose.ESTIMATE}
+PURPOSES = {SELECT: Purpose.SELECT, ESTIMATE: Purpose.ESTIMATE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,43 +259,20 @@ def noise_name(grid: int | None) -> str:
     return "float" if grid is None else f"grid:{grid}"
 
 
-def collect_votes(
+def open_run(
     base_classifier: Callable[[Tensor], Tensor],
     images: Images,
     *,
     sigma: float,
     stopping_rule: StoppingRule,
     seed: int = 0,
-    out: str | None = None,
+    out: str | os.PathLike | None = None,
     grid: int | str | None = "data",
     batch: int | None = None,
     device: str | None = None,
     model_id: str | None = None,
-    progress: bool = True,
-) -> Record:
-    """Sample all votes a stopping rule asks for, into a record that survives interruption.
-
-    Parameters
-    ----------
-    base_classifier : callable, images [B, C, H, W] on [0, 1] -> logits [B, num_classes]
-    images : Images
-    out : path, optional
-        The record's folder; an unfinished record of the same run goes on where it stopped. Without it
-        the record lives in memory.
-    grid : "data" (the data set's own), a number of steps, or None for float noise
-    batch, device : see `VoteStream`
-    model_id : str, optional
-        Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
-    progress : bool
-        Show a progress bar, and before a long run a line that says what it will cost.
-
-    Raises
-    ------
-    RecordError
-        If `out` holds another run, or images differ from those recorded.
-    KeyboardInterrupt
-        Passed on after all finished blocks are written.
-    """
+) -> tuple[Record, VoteStream]:
+    """The record a run writes into and the stream that fills it; parameters as in `collect_votes`."""
     check_sigma(sigma)
     grid = images.grid if grid == "data" else grid
     if out is None and not isinstance(base_classifier, nn.Module):
@@ -320,78 +298,132 @@ def collect_votes(
         stopping_rule=stopping_rule,
     )
     names = images.class_names or getattr(base_classifier, "class_names", ())
-    record = create_record(out, identity, names)
+    return create_record(out, identity, names), stream
+
+
+def collect_votes(
+    base_classifier: Callable[[Tensor], Tensor],
+    images: Images,
+    *,
+    sigma: float,
+    stopping_rule: StoppingRule,
+    progress: bool = True,
+    **settings,
+) -> Record:
+    """Sample all votes a fixed stopping rule asks for, into a record that survives interruption.
+
+    Parameters
+    ----------
+    base_classifier : callable, images [B, C, H, W] on [0, 1] -> logits [B, num_classes]
+    images : Images
+    sigma : float
+    stopping_rule : StoppingRule
+    progress : bool
+        Show a progress bar, and before a long run a line that says what it will cost.
+    seed : int
+    out : path, optional
+        The record's folder; an unfinished record of the same run goes on where it stopped. Without it
+        the record lives in memory.
+    grid : "data" (the data set's own), a number of steps, or None for float noise
+    batch, device : see `VoteStream`
+    model_id : str, optional
+        Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
+
+    Raises
+    ------
+    RecordError
+        If `out` holds another run, or images differ from those recorded.
+    KeyboardInterrupt
+        Passed on after all finished blocks are written.
+    """
+    record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=stopping_rule, **settings)
     tasks = missing_tasks(record, images)
-    if tasks:
-        _run_into(record, stream, tasks, progress)
+    if not tasks:
+        return record
+    samples, per_image = sum(t.stop - t.start for t in tasks), stopping_rule.n0 + stopping_rule.n
+    announce(stream, samples, len({t.image for t in tasks}))
+    with (
+        Progress(len(images), f"votes at sigma {sigma:g}", show=progress) as bar,
+        RecordWriter(record, stream) as writer,
+    ):
+        bar.update(len(images) - samples / per_image)
+        for task, counts, batch in stream.run(tasks, lambda done: bar.update(done / per_image)):
+            writer.add(task, counts, batch)
     return record
 
 
 def missing_tasks(record: Record, images: Images) -> list[Task]:
-    """What the record's stopping rule still asks for, image by image."""
-    rows, rule = record.rows(), record.stopping_rule
-    done = set(rows[BLOCK_KEY].itertuples(index=False, name=None))
+    """What the record's fixed stopping rule still asks for, image by image."""
+    done, rule = check_contents(record, images), record.stopping_rule
+    blocks = [(SELECT, a, b) for a, b in itertools.pairwise(block_edges(rule.n0))]
+    blocks += [(ESTIMATE, a, b) for a, b in itertools.pairwise(rule.edges())]
+    return [
+        Task(i, PURPOSES[p], a, b)
+        for i, image_id in enumerate(images.ids)
+        for p, a, b in blocks
+        if (image_id, p, a, b) not in done
+    ]
+
+
+def check_contents(record: Record, images: Images) -> set[tuple[int, str, int, int]]:
+    """Blocks already counted, as (image_id, purpose, start, stop); refuses images that are not those recorded."""
+    rows = record.rows()
     digests = dict(zip(rows["image_id"], rows["digest"], strict=True))
-    tasks = []
     for i, image_id in enumerate(images.ids):
         if image_id in digests and digests[image_id] != images.digest(i):
             raise ValueError(
                 f"image {images.keys[i]!r} of {images.dataset} is not the one recorded in {record.path}: its contents differ; "
                 f"restore the data or give another folder"
             )
-        blocks = [(SELECT, a, b) for a, b in _blocks(rule.n0)] + [(ESTIMATE, a, b) for a, b in _blocks(rule.n)]
-        tasks += [Task(i, _PURPOSES[p], a, b) for p, a, b in blocks if (image_id, p, a, b) not in done]
-    return tasks
+    return set(rows[BLOCK_KEY].itertuples(index=False, name=None))
 
 
-def _blocks(n: int) -> list[tuple[int, int]]:
-    edges = block_edges(n)
-    return list(itertools.pairwise(edges))
-
-
-def _run_into(record: Record, stream: VoteStream, tasks: list[Task], progress: bool) -> None:
-    images, rule = stream.images, record.stopping_rule
-    samples = sum(t.stop - t.start for t in tasks)
-    per_image = rule.n0 + rule.n
+def announce(stream: VoteStream, samples: int, images: int, how: str = "") -> None:
+    """One line about the cost of a long run, before it starts."""
     seconds = samples / stream.samples_per_second
     if seconds > LONG_RUN:
         say(
-            f"{samples:,} samples to draw for {len({t.image for t in tasks}):,} images at about {stream.samples_per_second:,.0f} "
-            f"a second on {stream.device}: {format_seconds(seconds)}. It can be interrupted and goes on where it stopped."
+            f"{how}{samples:,} samples to draw for {images:,} images at about {stream.samples_per_second:,.0f} a second on "
+            f"{stream.device}: {format_seconds(seconds)}. It can be interrupted and goes on where it stopped."
         )
-    names = {purpose: name for name, purpose in _PURPOSES.items()}
-    pending: dict[int, list[Row]] = {}  # by compute batch: each part has one
-    last_part = time.perf_counter()
 
-    def write() -> None:
-        nonlocal last_part
-        for batch, rows in pending.items():
-            record.append(rows, provenance(stream.device, batch))
-        pending.clear()
-        last_part = time.perf_counter()
 
-    with Progress(len(images), f"votes at sigma {stream.sigma:g}", show=progress) as bar:
-        bar.update(len(images) - samples / per_image)
-        try:
-            for task, counts, batch in stream.run(tasks, lambda done: bar.update(done / per_image)):
-                i = task.image
-                pending.setdefault(batch, []).append(
-                    Row(
-                        index=int(images.index[i]),
-                        key=images.keys[i],
-                        image_id=images.ids[i],
-                        digest=content_digest(stream.image(i)),
-                        label=int(images.labels[i]),
-                        purpose=names[task.purpose],
-                        start=task.start,
-                        stop=task.stop,
-                        counts=tuple(counts.tolist()),
-                    )
-                )
-                if time.perf_counter() - last_part > PART_SECONDS:
-                    write()
-        finally:
-            write()  # also on Ctrl-C: nothing finished is lost
+class RecordWriter:
+    """Gathers finished tasks and writes them as parts, now and then and at the end: on Ctrl-C nothing finished is lost."""
+
+    def __init__(self, record: Record, stream: VoteStream) -> None:
+        self.record, self.stream = record, stream
+        self._pending: dict[int, list[Row]] = {}  # by compute batch: each part has one
+        self._last_part = time.perf_counter()
+
+    def add(self, task: Task, counts: np.ndarray, batch: int) -> None:
+        images, i = self.stream.images, task.image
+        row = Row(
+            index=int(images.index[i]),
+            key=images.keys[i],
+            image_id=images.ids[i],
+            digest=content_digest(self.stream.image(i)),
+            label=int(images.labels[i]),
+            purpose=task.purpose.name.lower(),
+            start=task.start,
+            stop=task.stop,
+            counts=tuple(counts.tolist()),
+        )
+        self._pending.setdefault(batch, []).append(row)
+        if time.perf_counter() - self._last_part > PART_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        for batch, rows in self._pending.items():
+            self.record.append(rows, provenance(self.stream.device, batch))
+        self._pending.clear()
+        self._last_part = time.perf_counter()
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write()
 
 
 def provenance(device: torch.device, batch: int) -> dict:

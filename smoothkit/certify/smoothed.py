@@ -1,13 +1,14 @@
 """The smoothed classifier as one object: predict and certify images."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from smoothkit.bounds import check_reach, radius_cap
 from smoothkit.certify.fixed import certify_votes, predict_votes
+from smoothkit.certify.sequential import certify_sequentially, sequential_rule
 from smoothkit.data import Images, from_arrays
 from smoothkit.noise import Purpose, fresh_seed
 from smoothkit.records import Record
@@ -75,6 +76,28 @@ class Smoothed:
             device=self.device,
             model_id=self.model_id,
             progress=progress,
+        )
+
+    def sample_sequentially(
+        self, images: Images | Tensor, radii: Sequence[float], *, seed: int = 0, progress: bool = True, **settings
+    ) -> Record:
+        """Votes until each of `radii` is certified or given up for each image; often far fewer than a fixed n.
+
+        Settings are those of `certify.sequential_rule` (n0, n_max, alpha, beta, kind, looks, skip_wrong)
+        and `out`, `grid`. The record is read with `certify.certificates`.
+        """
+        where = {name: settings.pop(name) for name in ("out", "grid") if name in settings}
+        return certify_sequentially(
+            self.base_classifier,
+            _as_images(images),
+            sigma=self.sigma,
+            rule=sequential_rule(radii, **settings),
+            seed=seed,
+            batch=self.batch,
+            device=self.device,
+            model_id=self.model_id,
+            progress=progress,
+            **where,
         )
 
     def certify(self, images: Images | Tensor, **settings) -> list[Certificate]:

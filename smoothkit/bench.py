@@ -1,0 +1,120 @@
+"""Benchmarks: ratios measured side by side in one run, saved with machine and versions.
+
+`samples` is a simulation on probabilities recovered from published logs, and does not depend on the machine.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from smoothkit.bounds import clopper_pearson_lower, radius
+from smoothkit.certify.sequential import boundaries, sequential_rule
+from smoothkit.data import DataMissing, data_dir
+from smoothkit.logs import infer_alpha, read_log
+from smoothkit.report import cohen_log
+from smoothkit.types import ABSTAIN
+
+N = 100_000  # what the published certificates used
+N0 = 100
+REPEATS = 5
+
+
+def samples(quick: bool = False) -> pd.DataFrame:
+    """Samples of a fixed n = 100,000 over those sequential certification needs, on published probabilities.
+
+    Each image's votes are recovered from its logged radius (abstained images count as p = 1/2, no image is
+    skipped by its label), and votes with that probability are drawn again, five times an image.
+
+    Returns
+    -------
+    DataFrame with data, sigma, radius, rule, mean and median samples, ratio (n0 on both sides), and certified
+    accuracy by the fixed n and by the sequential rule; then the same over all sigmas of a data set ("all").
+    """
+    root = Path(os.environ.get("SMOOTHKIT_DATA", ".")) / "cohen2019-logs"
+    if not (root / "certify").is_dir():
+        raise DataMissing(
+            "bench samples needs the published logs; put cohen2019-logs under the folder SMOOTHKIT_DATA names"
+        )
+    rows = []
+    for dataset, radii in {"cifar10": (0.25, 0.5), "imagenet": (0.5, 1.0)}.items():
+        for sigma in (0.25, 0.5, 1.0):
+            p, correct = _probabilities(cohen_log(root, dataset, trained=sigma, sigma=sigma))
+            for r in radii:
+                for kind in ("hybrid",) if quick else ("hybrid", "kt", "staged"):
+                    if r < 3.5 * sigma:  # beyond that n = 100,000 itself is near its cap
+                        rows.append(
+                            {
+                                "data": dataset,
+                                "sigma": sigma,
+                                "radius": r,
+                                "rule": kind,
+                                **_compare(p, correct, sigma, r, kind),
+                            }
+                        )
+    table = pd.DataFrame(rows)
+    pooled = table.groupby(["data", "radius", "rule"], as_index=False)[["mean", "fixed", "sequential"]].mean()
+    pooled = pooled.assign(sigma="all", ratio=(N + N0) / (pooled["mean"] + N0))
+    return pd.concat([table, pooled], ignore_index=True)
+
+
+def _probabilities(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Each image's share of votes, recovered from its logged radius, and whether its class is right."""
+    log = read_log(path)
+    alpha = infer_alpha(log.table, log.sigma).alpha or 0.001
+    attainable = radius(clopper_pearson_lower(np.arange(N + 1), N, alpha), log.sigma)
+    k = np.searchsorted(attainable, log.table["radius"].to_numpy())
+    answered = (log.table["predict"] != ABSTAIN).to_numpy()
+    return np.where(answered, np.minimum(k, N) / N, 0.5), log.table["correct"].to_numpy(dtype=bool)
+
+
+def _compare(p: np.ndarray, correct: np.ndarray, sigma: float, r: float, kind: str, alpha: float = 0.001) -> dict:
+    rule = sequential_rule([r], n0=N0, n_max=N, alpha=alpha, kind=kind)
+    up, down = boundaries(rule, sigma)
+    looks = np.array(rule.looks)
+    p, correct = np.repeat(p, REPEATS), np.repeat(correct, REPEATS)
+    successes = np.random.default_rng(0).binomial(np.diff(looks, prepend=0), p[:, None]).cumsum(axis=1)
+    ended = (successes >= up[0]) | (successes <= down[0])
+    stop = np.where(ended.any(axis=1), ended.argmax(axis=1), len(looks) - 1)
+    certified = successes[np.arange(len(p)), stop] >= up[0][stop]
+    fixed = radius(clopper_pearson_lower(successes[:, -1], N, alpha), sigma) >= r
+    used = looks[stop]
+    return {
+        "mean": float(used.mean()),
+        "median": float(np.median(used)),
+        "ratio": float((N + N0) / (used.mean() + N0)),
+        "fixed": float((fixed & correct).mean()),
+        "sequential": float((certified & correct).mean()),
+    }
+
+
+BENCHMARKS: dict[str, Callable[[bool], pd.DataFrame]] = {"samples": samples}
+
+
+def run(name: str, *, quick: bool = False, out: Path | None = None) -> tuple[pd.DataFrame, float, Path]:
+    """Run a benchmark and save it as JSON.
+
+    Returns
+    -------
+    The table; the headline ratio, which is the smallest over data and radii, at the default rule and all sigmas
+    together; the file.
+    """
+    table = BENCHMARKS[name](quick)
+    headline = table[(table["sigma"] == "all") & (table["rule"] == "hybrid")]["ratio"].min()
+    path = (out or data_dir() / "benchmarks") / f"{name}{'-quick' if quick else ''}.json"
+    about = {
+        "benchmark": name,
+        "quick": quick,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "ratio": float(headline),
+        "rows": json.loads(table.to_json(orient="records")),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    return table, float(headline), path
