@@ -11,12 +11,19 @@ The bits are made in two steps, and both are part of the format of every record:
    float32 additions, multiplications, square roots and bit moves, each rounded once and never fused,
    so that any IEEE machine gives the same bits. Uniforms have 32 bits; the tails end at 6.76.
 
+The reference is NumPy. With numba (the extra `fast`) a compiled kernel makes the same bits sooner; `road()`
+names what is in use, and SMOOTHKIT_NO_KERNELS=1 keeps to NumPy.
+
 Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import enum
+import functools
 import hashlib
+import os
 import secrets
+import warnings
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -165,7 +172,7 @@ def box_muller(radius_words: np.ndarray, angle_words: np.ndarray) -> tuple[np.nd
 def standard_normal(
     num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
 ) -> np.ndarray:
-    """Standard normals for samples start..stop-1 of one image.
+    """Standard normals for samples start..stop-1 of one image: `standard_normal_reference`, by the faster road.
 
     Returns
     -------
@@ -176,6 +183,20 @@ def standard_normal(
     ValueError
         If an argument does not fit into its bits of the counter.
     """
+    _check_counter(num_pixels, seed, purpose, image_id, start, stop)
+    counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
+    kernels = _kernels() if num_pixels >= KERNEL_PIXELS else None
+    if kernels is None:
+        return standard_normal_reference(num_pixels, stop=stop, **counter)
+    out = np.empty((stop - start, num_pixels), dtype=np.float32)
+    kernels.standard_normal_into(out, threads=torch.get_num_threads(), **counter)
+    return out
+
+
+def standard_normal_reference(
+    num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
+) -> np.ndarray:
+    """The bits of `standard_normal` by definition, in NumPy."""
     _check_counter(num_pixels, seed, purpose, image_id, start, stop)
     blocks = np.arange(-(-num_pixels // 4))
     out = np.empty((stop - start, 4 * len(blocks)), dtype=np.float32)
@@ -231,7 +252,28 @@ def noisy_copies(
     -------
     float32 tensor [stop - start, C, H, W] on the CPU; not clipped.
     """
-    z = standard_normal(image.numel(), seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
+    counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
+    kernels = _kernels() if image.numel() >= KERNEL_PIXELS else None
+    if kernels is None or image.dtype != torch.float32 or grid == 0:  # the kernel's 0 means None
+        return noisy_copies_reference(image, sigma=sigma, stop=stop, grid=grid, **counter)
+    _check_counter(image.numel(), seed, purpose, image_id, start, stop)
+    out = np.empty((stop - start, image.numel()), dtype=np.float32)
+    kernels.noisy_copies_into(
+        out,
+        image.detach().cpu().reshape(-1).numpy(),
+        scale=_float32_at_least(sigma * (grid or 1)),
+        grid=grid or 0,
+        threads=torch.get_num_threads(),
+        **counter,
+    )
+    return torch.from_numpy(out).reshape(stop - start, *image.shape)
+
+
+def noisy_copies_reference(
+    image: Tensor, *, sigma: float, seed: int, purpose: Purpose, image_id: int, start: int, stop: int, grid: int | None
+) -> Tensor:
+    """The bits of `noisy_copies` by definition, in NumPy."""
+    z = standard_normal_reference(image.numel(), seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
     flat = image.detach().cpu().reshape(1, -1).numpy()
     if grid is None:
         noisy = flat + _float32_at_least(sigma) * z
@@ -251,3 +293,55 @@ def off_grid(image: Tensor, grid: int) -> float:
     """The largest distance of a pixel value from the grid, in grid steps."""
     scaled = image.double() * grid
     return float((scaled - scaled.round()).abs().max())
+
+
+# --- the road --------------------------------------------------------------------------------------
+
+
+# Loading numba takes seconds; below this size the noise is a small share of any forward pass.
+KERNEL_PIXELS = 1024
+
+
+def road(num_pixels: int = 3 * 32 * 32) -> str:
+    """What makes the noise of images of this size here, "numba" or "numpy"; the bits are the same."""
+    return "numba" if num_pixels >= KERNEL_PIXELS and _kernels() is not None else "numpy"
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The compiled kernels; None without numba, or where SMOOTHKIT_NO_KERNELS is set to anything but 0."""
+    if os.environ.get("SMOOTHKIT_NO_KERNELS", "0") not in ("", "0"):
+        return None
+    try:
+        from smoothkit.kernels import noise_cpu
+
+        if _same_bits(noise_cpu):
+            return noise_cpu
+        problem = "gives other bits on this machine; please report it"
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:
+        problem = f"does not work here: {error}"
+    warnings.warn(f"the noise is made by NumPy, since the kernel compiled by numba {problem}", stacklevel=4)
+    return None
+
+
+def _same_bits(kernels: ModuleType) -> bool:
+    """Whether the kernel's bits are the reference's, on some thousand values.
+
+    A compiler that fuses multiplications with additions changes about one normal in a hundred.
+    """
+    n, num_pixels = 64, 67
+    counter = dict(seed=2**63 + 1, purpose=Purpose.PILOT, image_id=2**55 + 1, start=2**33)
+    z = standard_normal_reference(num_pixels, stop=2**33 + n, **counter)
+    image = np.linspace(0, 1, num_pixels, dtype=np.float32)
+    expected = [
+        z,
+        image + np.float32(0.3) * z,
+        (np.rint(image * np.float32(255)) + np.rint(np.float32(76.5) * z)) / np.float32(255),
+    ]
+    made = np.full((3, n, num_pixels), np.nan, dtype=np.float32)
+    kernels.standard_normal_into(made[0], **counter)
+    kernels.noisy_copies_into(made[1], image, scale=np.float32(0.3), grid=0, **counter)
+    kernels.noisy_copies_into(made[2], image, scale=np.float32(76.5), grid=255, **counter)
+    return np.array_equal(made.view(np.uint32), np.stack(expected).view(np.uint32))

@@ -260,3 +260,47 @@ def test_the_cap_bounds_every_certificate(starter, digits):
         warnings.simplefilter("error")
         result = Smoothed(starter, 0.25).certify(digits.take("first:5"), n=200, progress=False)
     assert max(c.radius for c in result) <= radius_cap(200, 0.001, 0.25)
+
+
+# --- floating point ---------------------------------------------------------------------------------------
+
+
+def reads_its_input_off_the_rounding(images: torch.Tensor) -> torch.Tensor:
+    """Class 1 if the noisy pixel could have come from 210/255 by a float32 addition: a classifier made to cheat."""
+    base, u = torch.tensor(210 / 255, dtype=torch.float32), images[:, 0, 0, 0]
+    one = (base + (u - base)) == u
+    return torch.stack([~one, one], dim=1).float()
+
+
+def one_pixel(value: int) -> torch.Tensor:
+    return torch.full((1, 1, 1), value, dtype=torch.float32) / 255
+
+
+def class_one_share(value: int, grid: int | None) -> float:
+    record = Smoothed(reads_its_input_off_the_rounding, 0.25).sample(
+        one_pixel(value), n=20_000, grid=grid, progress=False
+    )
+    return record.votes()["counts_estimation"][0][1] / 20_000
+
+
+def test_float_noise_leaks_the_image_and_certifies_falsely():
+    """The counter-example of Voráček and Hein (ICLR 2023), one pixel: certified far beyond where the class changes."""
+    certificate = Smoothed(reads_its_input_off_the_rounding, 0.25).certify(
+        one_pixel(210), n=20_000, progress=False, grid=None
+    )[0]
+    distance = (210 - 50) / 255
+    assert certificate.predicted == 1 and certificate.radius > distance
+    assert class_one_share(50, None) < 0.51  # within the certified radius class 1 no longer leads
+
+
+def test_grid_noise_is_sound_on_the_same_classifier():
+    """On the grid the classifier sees the same values from every pixel: where it is certified, the class holds."""
+    smoothed = Smoothed(reads_its_input_off_the_rounding, 0.25)
+    for value in (210, 100, 50):
+        certificate = smoothed.certify(one_pixel(value), n=20_000, progress=False, grid=255)[0]
+        if certificate.abstained:
+            continue
+        reach = int(certificate.radius * 255)
+        for other in {max(0, value - reach), min(255, value + reach), max(0, value - reach // 2)}:
+            share = class_one_share(other, 255)
+            assert (share if certificate.predicted == 1 else 1 - share) > 0.49

@@ -9,8 +9,9 @@ from conftest import ROOT
 
 # a module may import those before it
 ORDER = [
-    "types", "noise", "data", "models", "records", "progress", "votes", "bounds", "certify.fixed", "certify.smoothed", "certify",
-    "logs", "report", "claims", "plots", "gallery", "workbook", "checks", "cli", "__main__",
+    "types", "kernels", "kernels.noise_cpu", "noise", "data", "models", "records", "progress", "votes", "bounds",
+    "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report", "claims", "bench", "plots",
+    "gallery", "workbook", "checks", "cli", "__main__",
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them
 ONLY_IN = {
@@ -22,7 +23,7 @@ ONLY_IN = {
     "papermill": {"workbook"},
     "nbconvert": {"gallery", "workbook"},
     "triton": set(),
-    "numba": set(),
+    "numba": {"kernels.noise_cpu"},
     "diffusers": set(),
     "peft": set(),
 }
@@ -62,7 +63,7 @@ def test_imports_go_one_way(name):
     )
     allowed = set(ORDER[: ORDER.index(name)])
     if name == "certify":  # the package re-exports its parts
-        allowed |= {"certify.fixed", "certify.smoothed"}
+        allowed |= {"certify.fixed", "certify.sequential", "certify.smoothed"}
     assert ours - {name} <= allowed, f"{name} imports {sorted(ours - allowed)}"
 
 
@@ -81,7 +82,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_import_smoothkit_is_quick_and_quiet():
-    assert not {"torch", "scipy", "pandas", "timm", "plotly", "triton"} & loaded_after("import smoothkit")
+    assert not {"torch", "scipy", "pandas", "timm", "plotly", "triton", "numba"} & loaded_after("import smoothkit")
 
 
 def test_everything_after_the_votes_works_without_torch():
