@@ -1,7 +1,7 @@
 """Rebuild the committed vote records: `make records`.
 
 Each is sampled into runs/records/NAME, where an interrupted run goes on, and kept in data/records/NAME
-as one part. Existing records are compared with the new counts first, so a rebuild that differs is seen.
+as one part. Existing records are compared with the new counts first: equal ones stay as they are.
 """
 
 import argparse
@@ -30,19 +30,22 @@ def rebuild(name: str) -> None:
     record = smoothed.sample(data.load("digits", split="test"), n0=100, n=n, alpha=0.001, seed=0, out=BUILD / name)
     kept = HERE / "records" / name
     if kept.exists():
-        _compare(name, record, open_record(kept))
+        if _equal(name, record, open_record(kept)):
+            return
         shutil.rmtree(kept)
     compact(record, kept)
 
 
-def _compare(name: str, new, old) -> None:
-    if old.identity != new.identity:
+def _equal(name: str, new, old) -> bool:
+    """Whether the counts are those kept before; says how many are."""
+    if new.identity.differences(old.identity):
         print(f"{name}: the settings changed; counts are not compared")
-        return
+        return False
     key = ["image_id", "purpose", "start"]
     both = new.rows().merge(old.rows(), on=key, suffixes=("", "_old"))
-    differ = int((both["counts"] != both["counts_old"]).sum())
-    print(f"{name}: {len(both) - differ} of {len(both)} blocks equal those kept before")
+    same = int((both["counts"] == both["counts_old"]).sum())
+    print(f"{name}: {same} of {len(old.rows())} blocks equal those kept before")
+    return same == len(old.rows()) == len(new.rows())
 
 
 def main() -> None:

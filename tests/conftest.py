@@ -35,6 +35,17 @@ def public_data() -> Path:
     return Path(root)
 
 
+@pytest.fixture(scope="session")
+def cohen() -> Path:
+    """The logs released with Cohen et al. 2019."""
+    if "SMOOTHKIT_DATA" not in os.environ:
+        pytest.skip("SMOOTHKIT_DATA is not set, so the released logs of Cohen et al. 2019 are not at hand")
+    root = Path(os.environ["SMOOTHKIT_DATA"]) / "cohen2019-logs"
+    if not root.is_dir():
+        pytest.skip("SMOOTHKIT_DATA holds no folder cohen2019-logs")
+    return root
+
+
 class Linear(nn.Module):
     """Two classes by the sign of w . x + b."""
 

@@ -4,7 +4,6 @@ The fixtures are made here, row by row; none is copied from anybody's log. The r
 read where SMOOTHKIT_DATA says, and those tests skip where it is not set.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -28,16 +27,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture(scope="module")
-def cohen() -> Path:
-    if "SMOOTHKIT_DATA" not in os.environ:
-        pytest.skip("SMOOTHKIT_DATA is not set, so the released logs of Cohen et al. 2019 are not at hand")
-    root = Path(os.environ["SMOOTHKIT_DATA"]) / "cohen2019-logs"
-    if not root.is_dir():
-        pytest.skip("SMOOTHKIT_DATA holds no folder cohen2019-logs")
-    return root
 
 
 def whats(log) -> str:

@@ -6,7 +6,6 @@ The released logs are read where SMOOTHKIT_DATA says; those tests skip where it 
 import csv
 import io
 import itertools
-import os
 import zipfile
 from pathlib import Path
 
@@ -41,16 +40,6 @@ def table(*rows: tuple[int, int, float]) -> pd.DataFrame:
 
 
 FOUR = table((1, 1, 0.5), (1, 1, 1.0), (1, 2, 3.0), (1, ABSTAIN, 0.0))
-
-
-@pytest.fixture(scope="module")
-def cohen() -> Path:
-    if "SMOOTHKIT_DATA" not in os.environ:
-        pytest.skip("SMOOTHKIT_DATA is not set, so the released logs of Cohen et al. 2019 are not at hand")
-    root = Path(os.environ["SMOOTHKIT_DATA"]) / "cohen2019-logs"
-    if not root.is_dir():
-        pytest.skip("SMOOTHKIT_DATA holds no folder cohen2019-logs")
-    return root
 
 
 # --- rates ---------------------------------------------------------------------------------------------
