@@ -74,14 +74,21 @@ def starters_table() -> str:
         rows.append(
             (
                 f"`{name}`",
+                f"{card['parameters']:,}",
                 f"{card['sigma']:g}",
                 card["epochs"],
                 *(f"{accuracy[s]:.3f}" for s in ("0", "0.12", "0.25", "0.5", "1")),
             )
         )
     rule = json.loads((HERE / "starters" / "mixture-rule.json").read_text())
-    rows.append(("mixture rule", "-", "-", *(f"{rule[s]:.3f}" for s in ("0", "0.12", "0.25", "0.5", "1"))))
-    columns = ["starter", "trained at", "epochs", *(f"accuracy at {s}" for s in ("0", "0.12", "0.25", "0.5", "1"))]
+    rows.append(("mixture rule", "-", "-", "-", *(f"{rule[s]:.3f}" for s in ("0", "0.12", "0.25", "0.5", "1"))))
+    columns = [
+        "starter",
+        "parameters",
+        "trained at",
+        "epochs",
+        *(f"accuracy at {s}" for s in ("0", "0.12", "0.25", "0.5", "1")),
+    ]
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 

@@ -13,7 +13,12 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Bad input is one line on standard error."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"smoothkit: warning: {message}", file=sys.stderr)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"smoothkit: warning: {message}", file=sys.stderr)
+        return _run_command(options)
+
+
+def _run_command(options: argparse.Namespace) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:

@@ -211,30 +211,29 @@ class Record:
         return about.assign(n0=rule.n0, n=n)[complete].sort_values("index", ignore_index=True)
 
     def looks(self) -> pd.DataFrame:
-        """One row an image, with its selection and its counts at each look of a sequential rule.
+        """One row an image, with its blocks in order up to the first that is missing: what a sequential rule may count.
 
         Returns
         -------
-        DataFrame with index, key, image_id, label, counts_selection (int64 array, None while incomplete) and
-        counts_at_looks (int64 array [looks done, num_classes], cumulative over the contiguous prefix).
+        DataFrame with index, key, image_id, label, selection and estimation (int64 arrays [blocks done, num_classes],
+        not cumulative), sorted by index.
         """
-        edges = self.stopping_rule.edges()
+        blocks_of = {
+            SELECT: list(itertools.pairwise(block_edges(self.stopping_rule.n0))),
+            ESTIMATE: list(itertools.pairwise(self.stopping_rule.edges())),
+        }
         rows = []
-        for (index, key, image_id, label), blocks in self.rows().groupby(
-            ["index", "key", "image_id", "label"], sort=True
-        ):
+        for about, mine in self.rows().groupby(["index", "key", "image_id", "label"], sort=True):
             counted = {
-                (p, a, b): c for p, a, b, c in blocks[["purpose", "start", "stop", "counts"]].itertuples(index=False)
+                (p, a, b): c for p, a, b, c in mine[["purpose", "start", "stop", "counts"]].itertuples(index=False)
             }
-            selection = [counted.get((SELECT, a, b)) for a, b in itertools.pairwise(block_edges(self.stopping_rule.n0))]
-            done = itertools.takewhile(
-                lambda c: c is not None, (counted.get((ESTIMATE, a, b)) for a, b in itertools.pairwise(edges))
-            )
-            at_looks = np.array(list(done), dtype=np.int64).reshape(-1, self.num_classes).cumsum(axis=0)
-            complete = None not in selection
-            rows.append((index, key, image_id, label, np.sum(selection, axis=0) if complete else None, at_looks))
-        columns = ["index", "key", "image_id", "label", "counts_selection", "counts_at_looks"]
-        return pd.DataFrame(rows, columns=columns)
+            prefixes = []
+            for purpose, blocks in blocks_of.items():
+                known = (counted.get((purpose, a, b)) for a, b in blocks)
+                done = list(itertools.takewhile(lambda c: c is not None, known))
+                prefixes.append(np.array(done, dtype=np.int64).reshape(-1, self.num_classes))
+            rows.append((*about, *prefixes))
+        return pd.DataFrame(rows, columns=["index", "key", "image_id", "label", "selection", "estimation"])
 
     def edges(self) -> list[int]:
         """Values of n at which counts can be read."""

@@ -103,12 +103,15 @@ class VoteStream:
         self.batch = DEFAULT_BATCH.get(self.device.type, 100) if batch is None else batch
         check_samples("batch", self.batch)
         self._last_image: tuple[int, Tensor] | None = None
+        self.digests: dict[int, str] = {}  # of every image read so far
         self.num_classes, self.samples_per_second = self._probe()
 
     def image(self, i: int) -> Tensor:
         """images[i], read once for all its successive batches."""
         if self._last_image is None or self._last_image[0] != i:
             self._last_image = (i, self.images[i])
+            if i not in self.digests:
+                self.digests[i] = content_digest(self._last_image[1])
         return self._last_image[1]
 
     def _noisy(self, task: Task, start: int, stop: int) -> Tensor:
@@ -402,7 +405,7 @@ class RecordWriter:
             index=int(images.index[i]),
             key=images.keys[i],
             image_id=images.ids[i],
-            digest=content_digest(self.stream.image(i)),
+            digest=self.stream.digests[i],
             label=int(images.labels[i]),
             purpose=task.purpose.name.lower(),
             start=task.start,

@@ -206,6 +206,21 @@ def test_submissions_and_interruptions_change_nothing(starter, digits, tmp_path)
     assert len(smoothed.sample_sequentially(images, out=tmp_path / "r", **settings).parts()) == parts
 
 
+def test_a_part_moved_away_is_sampled_again(starter, digits, tmp_path, monkeypatch):
+    """A gap in the middle: what lies behind it does not count until the gap is filled, and then all is as before."""
+    from smoothkit import votes
+
+    monkeypatch.setattr(votes, "PART_SECONDS", 0.0)
+    settings = dict(radii=[0.25, 0.5], n_max=2_000, out=tmp_path / "r", progress=False)
+    smoothed, images = Smoothed(starter, 0.25), digits.take("range:20:24")
+    whole = certificates(smoothed.sample_sequentially(images, **settings))
+    parts = open_record(tmp_path / "r").parts()
+    for part in (parts[1], parts[5], parts[len(parts) // 2]):  # a selection, an early look, one in the middle
+        part.unlink()
+    assert len(certificates(open_record(tmp_path / "r"))) < len(whole)
+    assert certificates(smoothed.sample_sequentially(images, **settings)).equals(whole)
+
+
 def test_a_record_that_stopped_early_accepts_only_its_own_rule(digits):
     record = Smoothed(lambda x: x.flatten(1)[:, :10], 0.25).sample_sequentially(
         digits.take("first:2"), [0.1], n_max=500, progress=False

@@ -93,8 +93,6 @@ def certificates(record: Record, *, alpha: float | None = None, n: int | None = 
     rule = record.stopping_rule
     alpha = rule.alpha if alpha is None else alpha
     check_alpha(alpha)
-    if rule.kind != "fixed":
-        raise RecordError(f"this record stopped by the rule {rule.kind!r}; its counts are no fixed-n sample")
     votes = record.votes(n)
     if votes.empty:
         raise RecordError(

@@ -121,13 +121,13 @@ def sequential_certificates(record: Record) -> pd.DataFrame:
     rule, sigma = record.stopping_rule, record.sigma
     rows = []
     for image in record.looks().itertuples():
-        if image.counts_selection is None:
+        if len(image.selection) < len(block_edges(rule.n0)) - 1:
             continue
-        c_a = int(np.argmax(image.counts_selection))
+        c_a = int(image.selection.sum(axis=0).argmax())
+        successes = image.estimation[:, c_a].cumsum()
         skipped = rule.skip_wrong and c_a != image.label
-        if not skipped and not _is_decided(rule, sigma, c_a, image.counts_at_looks):
+        if not skipped and (decide(rule, sigma, successes) == OPEN).any():
             continue
-        successes = image.counts_at_looks[:, c_a]
         certified = (
             np.flatnonzero(decide(rule, sigma, successes) == CERTIFIED) if not skipped else np.array([], dtype=int)
         )
@@ -157,10 +157,6 @@ def sequential_certificates(record: Record) -> pd.DataFrame:
             f"{record.path or 'the record'} has no decided image yet; run the same command again to go on"
         )
     return pd.DataFrame(rows).sort_values("idx", ignore_index=True)
-
-
-def _is_decided(rule: StoppingRule, sigma: float, c_a: int, counts_at_looks: np.ndarray) -> bool:
-    return bool((decide(rule, sigma, counts_at_looks[:, c_a]) != OPEN).all())
 
 
 def certify_sequentially(
@@ -200,22 +196,25 @@ def certify_sequentially(
         )
     record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=rule, **settings)
     check_contents(record, images)
-    counted = _counted_so_far(record, images.ids)
+    known = record.looks().set_index("image_id")
+    counted = [
+        (list(known.at[i, "selection"]), list(known.at[i, "estimation"])) if i in known.index else ([], [])
+        for i in images.ids
+    ]
     select = list(itertools.pairwise(block_edges(rule.n0)))
     estimate = list(itertools.pairwise(rule.edges()))
     announce(stream, len(images) * (rule.n0 + rule.looks[0]), len(images), how="at the least ")
 
     def next_task(i: int) -> Task | None:
-        selection, at_looks = counted[i]
+        selection, estimation = counted[i]
         if len(selection) < len(select):
             return Task(i, PURPOSES[SELECT], *select[len(selection)])
         c_a = int(np.sum(selection, axis=0).argmax())
         if rule.skip_wrong and c_a != images.labels[i]:
             return None
-        cumulative = np.cumsum(at_looks, axis=0).reshape(-1, stream.num_classes)
-        return (
-            None if _is_decided(rule, sigma, c_a, cumulative) else Task(i, PURPOSES[ESTIMATE], *estimate[len(at_looks)])
-        )
+        successes = np.cumsum([counts[c_a] for counts in estimation], dtype=np.int64)
+        still_open = (decide(rule, sigma, successes) == OPEN).any()
+        return Task(i, PURPOSES[ESTIMATE], *estimate[len(estimation)]) if still_open else None
 
     with (
         Progress(len(images), f"decisions at sigma {sigma:g}", show=progress) as bar,
@@ -230,13 +229,3 @@ def certify_sequentially(
                 counted[task.image][task.purpose == PURPOSES[ESTIMATE]].append(counts)
                 writer.add(task, counts, batch)
     return record
-
-
-def _counted_so_far(record: Record, ids: Sequence[int]) -> list[tuple[list, list]]:
-    """For each image its selection blocks and its estimation blocks, in order."""
-    rows = record.rows().sort_values("start")
-    known = {
-        (image_id, purpose): [np.array(c, dtype=np.int64) for c in blocks["counts"]]
-        for (image_id, purpose), blocks in rows.groupby(["image_id", "purpose"])
-    }
-    return [(known.get((i, SELECT), []), known.get((i, ESTIMATE), [])) for i in ids]
