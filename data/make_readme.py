@@ -28,6 +28,7 @@ ROOT = HERE.parent
 TIMES = HERE / "benchmarks" / "workbook-digits.json"
 FIGURE = HERE / "figures" / "certified-accuracy-digits.svg"
 RECORDS = [f"digits-vit-{sigma}-sigma-{sigma}" for sigma in ("0.12", "0.25", "0.50")]
+BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling")
 # notebook -> level and the question it answers
 NOTEBOOKS = {
     "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),
@@ -92,6 +93,17 @@ def starters_table() -> str:
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
+def benchmarks_table() -> str:
+    rows, machines = [], set()
+    for name in BENCHMARKS:
+        about = json.loads((HERE / "benchmarks" / f"{name}.json").read_text())
+        others = "; ".join(f"{what}: {ratio:.2f}" for what, ratio in about["others"].items())
+        rows.append((f"`{name}`", about["headline"], f"{about['ratio']:.2f}", others or "-"))
+        machines.add(f"{about['processor']}, {about['machine']}, Python {about['python']}, torch {about['torch']}")
+    table = format_table(pd.DataFrame(rows, columns=["bench", "what over what", "ratio", "also"]), "markdown")
+    return f"{table}\nMeasured on {'; '.join(sorted(machines))}. No GPU was at hand for these.\n"
+
+
 def files_table() -> str:
     kinds = {
         "starters/*/model.safetensors": "data/make_starters.py",
@@ -106,7 +118,12 @@ def files_table() -> str:
 
 
 PARTS = {
-    ROOT / "README.md": {"records": records_table, "notebooks": notebooks_table, "times": times_sentence},
+    ROOT / "README.md": {
+        "records": records_table,
+        "notebooks": notebooks_table,
+        "times": times_sentence,
+        "benchmarks": benchmarks_table,
+    },
     HERE / "README.md": {"starters": starters_table, "files": files_table},
 }
 

@@ -5,6 +5,10 @@ from smoothkit.types import ABSTAIN, Certificate, StoppingRule, Votes
 __version__ = "0.1.0"
 __all__ = ["ABSTAIN", "Certificate", "Smoothed", "StoppingRule", "Votes", "data", "models"]
 
+_MODULES = {
+    "adapters", "attacks", "bounds", "certify", "data", "logs", "models", "noise", "plots", "records", "report",
+    "training", "votes",
+}  # fmt: skip
 _LAZY = {"Smoothed": "smoothkit.certify.smoothed"}
 
 
@@ -14,6 +18,6 @@ def __getattr__(name: str):
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in {"data", "models", "bounds", "certify", "logs", "noise", "plots", "records", "report", "votes"}:
+    if name in _MODULES:
         return importlib.import_module(f"smoothkit.{name}")
     raise AttributeError(f"module 'smoothkit' has no attribute {name!r}")

@@ -98,13 +98,21 @@ def _add_certify(commands) -> None:
     parser.add_argument("--out", required=True, metavar="RECORD", help="folder of the record")
     parser.add_argument("--n0", type=int, default=100, help="samples to select the class")
     parser.add_argument("--alpha", type=float, default=0.001, help="failure probability of each certificate")
-    parser.add_argument(
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument(
         "--radii",
         nargs="+",
         type=float,
         default=None,
         metavar="R",
         help="sample only until these L2 radii are decided, n at most",
+    )
+    aim.add_argument(
+        "--within",
+        type=float,
+        default=None,
+        metavar="W",
+        help="sample only until more samples would lengthen the radius by no more than this, n at most",
     )
     parser.add_argument(
         "--rule",
@@ -119,10 +127,23 @@ def _add_certify(commands) -> None:
         "--size", type=int, default=None, help="resize and crop pictures to this size (folders, parquet, ImageNet)"
     )
     parser.add_argument(
-        "--noise", choices=("grid", "float"), default="grid", help="grid: rounded to the data's grid before it is added"
+        "--noise",
+        choices=("grid", "float", "exact-grid"),
+        default="grid",
+        help="grid: rounded to the data's grid before it is added; exact-grid: drawn on it by exact thresholds",
+    )
+    parser.add_argument("--batch", type=int, default=None, help="compute batch; found by itself if not given")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "tf32", "bfloat16"),
+        default="float32",
+        help="of the network; another precision is another base classifier",
     )
     parser.add_argument(
-        "--batch", type=int, default=None, help="compute batch; 100 on a CPU, 400 on a GPU if not given"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile the network; if not given, where the run is long enough to repay it",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; a GPU if there is one if not given")
 
@@ -136,6 +157,7 @@ def _certify(options: argparse.Namespace) -> int:
     from smoothkit.bounds import check_reach, radius_cap
 
     check_reach(options.n, options.alpha)
+    _check_aim(options)
     import torch
 
     from smoothkit import data, models
@@ -147,18 +169,34 @@ def _certify(options: argparse.Namespace) -> int:
         models.load(options.model),
         options.sigma,
         batch=options.batch,
+        precision=options.precision,
+        compile=options.compile,
         device=options.device or ("cuda" if torch.cuda.is_available() else None),
     )
     common = dict(n0=options.n0, alpha=options.alpha, seed=options.seed, out=options.out)
-    common["grid"] = "data" if options.noise == "grid" else None
+    common["grid"] = {"grid": "data", "float": None, "exact-grid": "exact"}[options.noise]
     if options.radii:
         smoothed.sample_sequentially(images, options.radii, n_max=options.n, kind=options.rule, **common)
         _print_report(report([options.out], sorted(options.radii)), "table")
         return 0
-    smoothed.sample(images, n=options.n, **common)
-    cap = radius_cap(options.n, options.alpha, options.sigma)
+    if options.within is not None:
+        smoothed.sample_to_radius(images, options.within, n_max=options.n, **common)
+    else:
+        smoothed.sample(images, n=options.n, **common)
+    # the rule `radius` spends half of alpha on the last look, where its cap lies
+    cap = radius_cap(options.n, options.alpha if options.within is None else options.alpha / 2, options.sigma)
     _print_report(report([options.out], [r for r in RADII if r <= cap]), "table")
     return 0
+
+
+def _check_aim(options: argparse.Namespace) -> None:
+    """Refuse radii, or a `within`, out of reach before anything is loaded."""
+    if not options.radii and options.within is None:
+        return
+    from smoothkit.certify.sequential import check_rule, sequential_rule
+
+    aim = {"radii": options.radii, "kind": options.rule} if options.radii else {"within": options.within}
+    check_rule(sequential_rule(**aim, n_max=options.n, alpha=options.alpha), options.sigma)
 
 
 # --- report and claims ---------------------------------------------------------------------------------
@@ -203,20 +241,48 @@ def _claims(options: argparse.Namespace) -> int:
 # --- bench -------------------------------------------------------------------------------------------
 
 
+# name: what its ratio says; smoothkit.bench holds the functions
+BENCHMARKS = {
+    "overhead": "certifying over the bare forward pass",
+    "loop": "the plain published loop, and ART, over the engine",
+    "noise": "torch.randn over our noise",
+    "votes": "a Python loop over our counting",
+    "bounds": "one call of SciPy an image over ours",
+    "samples": "a fixed n over sequential certification",
+    "memory": "ART's peak memory over the engine's",
+    "scaling": "two threads over one",
+    "gpu": "those of them that a GPU has a part in, on one, within ten minutes",
+}
+
+
 def _add_bench(commands) -> None:
     parser = _command(commands, "bench", _bench, "measure ratios side by side and save them with machine and versions")
-    parser.add_argument(
-        "name", choices=("samples",), metavar="NAME", help="samples: a fixed n over sequential certification"
-    )
-    parser.add_argument("--quick", action="store_true", help="a part of it, within seconds")
+    meanings = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+    parser.add_argument("name", choices=tuple(BENCHMARKS), metavar="NAME", help=meanings)
+    parser.add_argument("--quick", action="store_true", help="a part of it, within a minute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs")
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the JSON; data/benchmarks if not given")
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from smoothkit.bench import run
+    from smoothkit import bench
 
-    table, ratio, path = run(options.name, quick=options.quick, out=Path(options.out) if options.out else None)
-    print(table.round(4).to_string(index=False))
-    print(f"saved {path.name}", file=sys.stderr)
-    print(f"{options.name} ratio={ratio:.2f}")
+    out = Path(options.out) if options.out else None
+    if options.name == "gpu":
+        for name, result, path in bench.run_gpu(quick=options.quick, out=out):
+            _print_benchmark(name, result, path)
+        return 0
+    result, path = bench.run(options.name, quick=options.quick, device=options.device, out=out)
+    _print_benchmark(options.name, result, path)
     return 0
+
+
+def _print_benchmark(name: str, result, path: Path) -> None:
+    print(result.table.round(4).to_string(index=False, na_rep="-"))
+    for line in result.left_out:
+        print(f"note: {line}")
+    print(f"saved {path.name}", file=sys.stderr)
+    print(f"{name}: {result.headline}")
+    for other, ratio in result.others.items():
+        print(f"{name} {other} ratio={ratio:.2f}")
+    print(f"{name} ratio={result.ratio:.2f}", flush=True)

@@ -62,6 +62,10 @@ class BaseClassifier(nn.Module):
         self.class_names, self.name = tuple(class_names), name or type(network).__name__
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """What the network wants of images [B, C, H, W] on [0, 1]: its channels, its size, normalised."""
         if self.channels is not None and images.shape[1] != self.channels:
             if images.shape[1] != 1:
                 raise ValueError(
@@ -70,7 +74,19 @@ class BaseClassifier(nn.Module):
             images = images.expand(-1, self.channels, -1, -1)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode=self.interpolation, antialias=True, align_corners=False)
-        return self.network((images - self.mean) / self.std)
+        return (images - self.mean) / self.std
+
+    def fold(self, shape: tuple[int, int, int]) -> tuple[nn.Module, Tensor, Tensor] | None:
+        """The network, and per channel the mean and std it wants, where images of this shape need nothing else.
+
+        Whoever makes the images can then normalise them in the same pass: (images - mean) / std.
+        """
+        channels, *size = shape
+        if type(self).forward is not BaseClassifier.forward or self._forward_hooks or self._forward_pre_hooks:
+            return None  # somebody looks at or changes what goes in
+        if (self.channels or channels) != channels or (self.size and self.size != tuple(size)):
+            return None
+        return self.network, *(x.flatten().expand(channels).contiguous() for x in (self.mean, self.std))
 
     def extra_repr(self) -> str:
         return f"size={self.size}, channels={self.channels}, interpolation={self.interpolation}"
@@ -136,6 +152,8 @@ def load(name: str, *, pretrained: bool = True, num_classes: int | None = None, 
 
 def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | None, model_args: dict) -> BaseClassifier:
     import timm
+
+    from smoothkit import networks  # noqa: F401  # registers them with timm
 
     try:
         network = timm.create_model(location, pretrained=pretrained, num_classes=num_classes, **model_args)
@@ -224,6 +242,8 @@ def _check_local_dir(folder: Path) -> None:
 
 def _check_timm_name(name: str) -> None:
     import timm
+
+    from smoothkit import networks  # noqa: F401
 
     if timm.is_model(name.split(".")[0]):
         return

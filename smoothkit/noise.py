@@ -12,7 +12,8 @@ The bits are made in two steps, and both are part of the format of every record:
    so that any IEEE machine gives the same bits. Uniforms have 32 bits; the tails end at 6.76.
 
 The reference is NumPy. With numba (the extra `fast`) a compiled kernel makes the same bits sooner; `road()`
-names what is in use, and SMOOTHKIT_NO_KERNELS=1 keeps to NumPy.
+names what is in use, and SMOOTHKIT_NO_KERNELS=1 keeps to NumPy. `noisy_rows` fills a batch that mixes images,
+as the model wants it; on a CUDA device a Triton kernel makes the same bits there.
 
 Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,9 +21,11 @@ Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1
 import enum
 import functools
 import hashlib
+import math
 import os
 import secrets
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -96,13 +99,31 @@ def philox4x32(counter: tuple, key: tuple[int, int]) -> tuple:
 
 
 def _counter(purpose: int, image_id: int, samples: np.ndarray, blocks: np.ndarray) -> tuple:
-    samples = samples.astype(np.uint64)[:, None]  # [n, 1]
+    return _counter_of_words(np.array([image_id | int(purpose) << IMAGE_ID_BITS], dtype=np.uint64), samples, blocks)
+
+
+def _counter_of_words(words: np.ndarray, samples: np.ndarray, blocks: np.ndarray) -> tuple:
+    """For rows with counter words (uint64 [n] or [1]) and samples [n]: four arrays [n or 1, blocks or 1]."""
+    words, samples = words.astype(np.uint64)[:, None], samples.astype(np.uint64)[:, None]
     return (
         blocks.astype(np.uint64)[None, :] | (samples & np.uint64(0xFF)) << np.uint64(24),
         samples >> np.uint64(8),
-        np.uint64(image_id & 0xFFFFFFFF),
-        np.uint64(image_id >> 32 | purpose << 24),
+        words & _LOW,
+        words >> _SHIFT,
     )
+
+
+def counter_word(purpose: int, image_id: int) -> int:
+    """The upper half of the counter, image_id | purpose << 56, as the int64 with these bits: `rows[1]` of `noisy_rows`."""
+    _check_counter(1, 0, purpose, image_id, 0, 0)
+    return signed_bits(image_id | int(purpose) << IMAGE_ID_BITS)
+
+
+def signed_bits(value: int) -> int:
+    """The int64 that has the bits of a uint64, such as a seed: what an operator of PyTorch can take."""
+    if not 0 <= value < 2**64:
+        raise ValueError(f"value must lie in [0, 2**64), got {value}")
+    return value - 2**64 if value >= 2**63 else value
 
 
 # --- normals ---------------------------------------------------------------------------------------
@@ -185,7 +206,7 @@ def standard_normal(
     """
     _check_counter(num_pixels, seed, purpose, image_id, start, stop)
     counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
-    kernels = _kernels() if num_pixels >= KERNEL_PIXELS else None
+    kernels = _kernels_for(num_pixels)
     if kernels is None:
         return standard_normal_reference(num_pixels, stop=stop, **counter)
     out = np.empty((stop - start, num_pixels), dtype=np.float32)
@@ -198,15 +219,19 @@ def standard_normal_reference(
 ) -> np.ndarray:
     """The bits of `standard_normal` by definition, in NumPy."""
     _check_counter(num_pixels, seed, purpose, image_id, start, stop)
+    word = np.array([image_id | int(purpose) << IMAGE_ID_BITS], dtype=np.uint64)
+    return _normals_of_words(num_pixels, seed, np.repeat(word, stop - start), np.arange(start, stop, dtype=np.uint64))
+
+
+def _normals_of_words(num_pixels: int, seed: int, words: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Standard normals, float32 [n, num_pixels], of rows with counter words and samples, uint64 [n]."""
     blocks = np.arange(-(-num_pixels // 4))
-    out = np.empty((stop - start, 4 * len(blocks)), dtype=np.float32)
+    out = np.empty((len(words), 4 * len(blocks)), dtype=np.float32)
     rows = max(1, 16_384 // len(blocks))  # a working set that stays in the cache
-    for low in range(0, stop - start, rows):
-        samples = np.arange(start + low, min(start + low + rows, stop))
-        counter = _counter(int(purpose), image_id, samples, blocks)
-        words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-        w0, w1, w2, w3 = (w.astype(np.uint32) for w in words)
-        chunk = out[low : low + rows].reshape(len(samples), len(blocks), 4)
+    for low in range(0, len(words), rows):
+        counter = _counter_of_words(words[low : low + rows], samples[low : low + rows], blocks)
+        w0, w1, w2, w3 = (w.astype(np.uint32) for w in philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))
+        chunk = out[low : low + rows].reshape(-1, len(blocks), 4)
         chunk[..., 0], chunk[..., 1] = box_muller(w0, w1)
         chunk[..., 2], chunk[..., 3] = box_muller(w2, w3)
     return out[:, :num_pixels]
@@ -253,7 +278,7 @@ def noisy_copies(
     float32 tensor [stop - start, C, H, W] on the CPU; not clipped.
     """
     counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
-    kernels = _kernels() if image.numel() >= KERNEL_PIXELS else None
+    kernels = _kernels_for(image.numel())
     if kernels is None or image.dtype != torch.float32 or grid == 0:  # the kernel's 0 means None
         return noisy_copies_reference(image, sigma=sigma, stop=stop, grid=grid, **counter)
     _check_counter(image.numel(), seed, purpose, image_id, start, stop)
@@ -261,7 +286,7 @@ def noisy_copies(
     kernels.noisy_copies_into(
         out,
         image.detach().cpu().reshape(-1).numpy(),
-        scale=_float32_at_least(sigma * (grid or 1)),
+        scale=noise_scale(sigma, grid),
         grid=grid or 0,
         threads=torch.get_num_threads(),
         **counter,
@@ -295,22 +320,209 @@ def off_grid(image: Tensor, grid: int) -> float:
     return float((scaled - scaled.round()).abs().max())
 
 
+# --- rows of a batch -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("smoothkit::noisy_rows", mutates_args=("out",))
+def noisy_rows(
+    out: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    seed: int,
+    grid: int,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> None:
+    """Fill a batch with noisy copies of several images, in the type and layout a model wants.
+
+    With z the normals of a row's counter and x its image, a value is `x + scale z` if `grid` is 0, else
+    `(rint(x grid) + rint(scale z)) / grid`; with `mean` and `std` then `(value - mean[c]) / std[c]`. Every operation
+    is float32 and rounded once, so that a row without `mean` has the bits of `noisy_copies`; bfloat16 is rounded
+    from that, to nearest even. The values depend neither on the layout nor on the row's place in the batch.
+
+    All tensors lie on one device. On a CUDA device nothing waits for the host; call it once before a CUDA graph
+    is captured, as the first call compiles the kernel and compares its bits with the reference's.
+
+    Parameters
+    ----------
+    out : float32 or bfloat16 tensor [B, C, H, W], contiguous or channels_last. Overwritten.
+    images : float32 tensor [M, C, H, W] on [0, 1], contiguous.
+    rows : int64 tensor [3, B]
+        For each row: index into `images`, or -1 for padding, which becomes zeros; `counter_word(purpose, image_id)`;
+        sample index.
+    scale : float32 tensor [B]
+        Standard deviation of each row's noise, in pixel units if `grid` is 0, else in grid steps; see `noise_scale`.
+    seed : `signed_bits` of the 64-bit seed.
+    grid : number of steps from 0 to 1, or 0 for float noise.
+    mean, std : float32 tensors [C], or None for values on the scale of `images`.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is not of the shape, type, layout or device said above. On the CPU also if an index or a sample
+        is out of range; elsewhere such a row is NaN, which votes for nobody.
+    """
+    _check_rows(out, images, rows, scale, seed, grid, mean, std)
+    _noisy_rows_by_the_cpu(out, images, rows, scale, seed, grid, mean, std)
+
+
+@noisy_rows.register_kernel("cuda")
+def _noisy_rows_on_cuda(
+    out: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    seed: int,
+    grid: int,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> None:
+    _check_rows(out, images, rows, scale, seed, grid, mean, std)
+    kernels = _cuda_kernels(out.device)
+    fill = _noisy_rows_by_the_cpu if kernels is None else kernels.noisy_rows_into
+    fill(out, images, rows, scale, seed, grid, mean, std)
+
+
+@noisy_rows.register_fake
+def _check_rows(
+    out: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    seed: int,
+    grid: int,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> None:
+    if out.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
+    if out.ndim != 4 or not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(
+            f"out must be [B, C, H, W], contiguous or channels_last, got shape {tuple(out.shape)}, strides {out.stride()}"
+        )
+    batch, channels = out.shape[:2]
+    if images.ndim != 4 or images.shape[1:] != out.shape[1:] or not images.is_contiguous():
+        raise ValueError(
+            f"images must be contiguous, [M, C, H, W] for out {tuple(out.shape)}, got shape {tuple(images.shape)}"
+        )
+    given = {"images": (images, images.shape, torch.float32), "rows": (rows, (3, batch), torch.int64)}
+    given |= {"scale": (scale, (batch,), torch.float32)}
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together, got one of them")
+    if mean is not None:
+        given |= {"mean": (mean, (channels,), torch.float32), "std": (std, (channels,), torch.float32)}
+    for name, (tensor, shape, dtype) in given.items():
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != out.device:
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} on {out.device}, got {tensor.dtype} {list(tensor.shape)} "
+                f"on {tensor.device}"
+            )
+    if not 0 <= grid < 2**24:
+        raise ValueError(f"grid must lie in [0, 2**24), 0 for float noise, got {grid}")
+    if not 0 < math.prod(out.shape[1:]) <= MAX_PIXELS:
+        raise ValueError(f"an image must have 1 to {MAX_PIXELS} values, got {math.prod(out.shape[1:])}")
+
+
+def _noisy_rows_by_the_cpu(out, images, rows, scale, seed, grid, mean, std) -> None:
+    if len(out) == 0:
+        return
+    tensors = [None if x is None else x.detach().cpu().contiguous() for x in (images, rows, scale, mean, std)]
+    images, rows, scale, mean, std = tensors
+    low, high = rows.amin(1).tolist(), rows.amax(1).tolist()
+    if low[0] < -1 or high[0] >= len(images):
+        raise ValueError(f"rows[0] must hold -1 or indices of the {len(images)} images, got {low[0]} to {high[0]}")
+    if low[2] < 0 or high[2] >= MAX_SAMPLE:
+        raise ValueError(f"rows[2] must hold samples in [0, 2**40), got {low[2]} to {high[2]}")
+    host = out if out.device.type == "cpu" else torch.empty_like(out, device="cpu")
+    kernels = _kernels_for(out[0].numel())
+    fill = noisy_rows_reference if kernels is None else functools.partial(_noisy_rows_by_numba, kernels)
+    fill(host, images, rows, scale, seed, grid, mean, std)
+    if host is not out:
+        out.copy_(host)
+
+
+def _noisy_rows_by_numba(kernels: ModuleType, out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
+    channels_last = not out.is_contiguous()
+    memory = (out.permute(0, 2, 3, 1) if channels_last else out).reshape(len(out), -1)  # a view
+    memory = memory.view(torch.int16).numpy().view(np.uint16) if out.dtype == torch.bfloat16 else memory.numpy()
+    kernels.noisy_rows_into(
+        memory,
+        images.reshape(len(images), -1).numpy(),
+        rows.numpy(),
+        scale.numpy(),
+        seed=seed % 2**64,
+        grid=grid,
+        mean=None if mean is None else mean.numpy(),
+        std=None if std is None else std.numpy(),
+        planes=out.shape[1],
+        channels_last=channels_last,
+        threads=torch.get_num_threads(),
+    )
+
+
+def noisy_rows_reference(
+    out: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    seed: int,
+    grid: int,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> None:
+    """The bits of `noisy_rows` by definition, in NumPy, for tensors on the CPU."""
+    values = np.zeros(out.shape, dtype=np.float32)
+    real = rows[0].numpy() >= 0
+    index, words, samples = rows.numpy()[:, real]
+    z = _normals_of_words(math.prod(out.shape[1:]), seed % 2**64, words.view(np.uint64), samples.view(np.uint64))
+    x, z, scales = images.numpy()[index], z.reshape(-1, *out.shape[1:]), scale.numpy()[real, None, None, None]
+    noisy = x + scales * z
+    if grid:
+        noisy = (np.rint(x * np.float32(grid)) + np.rint(scales * z)) / np.float32(grid)
+    if mean is not None:
+        noisy = (noisy - mean.numpy()[:, None, None]) / std.numpy()[:, None, None]
+    values[real] = noisy
+    out.copy_(torch.from_numpy(values))  # to bfloat16: rounded to nearest even
+
+
+def noise_scale(sigma: float, grid: int | None) -> np.float32:
+    """What `noisy_rows` takes as the scale of a row's noise: sigma (in grid steps), rounded up to float32."""
+    return _float32_at_least(sigma * (grid or 1))
+
+
 # --- the road --------------------------------------------------------------------------------------
 
 
-# Loading numba takes seconds; below this size the noise is a small share of any forward pass.
+# Loading numba takes seconds; below this size the noise is a small share of any forward pass. See `load_kernels`.
 KERNEL_PIXELS = 1024
 
 
-def road(num_pixels: int = 3 * 32 * 32) -> str:
-    """What makes the noise of images of this size here, "numba" or "numpy"; the bits are the same."""
-    return "numba" if num_pixels >= KERNEL_PIXELS and _kernels() is not None else "numpy"
+def road(num_pixels: int = 3 * 32 * 32, device: str | torch.device = "cpu") -> str:
+    """What makes the noise of images of this size, "numba", "numpy" or (on a CUDA device) "triton"; same bits."""
+    if torch.device(device).type == "cuda" and _cuda_kernels(torch.device(device)) is not None:
+        return "triton"
+    return "numba" if _kernels_for(num_pixels) is not None else "numpy"
+
+
+def load_kernels() -> None:
+    """Use the compiled kernel for small images too, from now on: worth its seconds of loading to a long run."""
+    global KERNEL_PIXELS
+    KERNEL_PIXELS = 1
+
+
+def _kernels_for(num_pixels: int) -> ModuleType | None:
+    return _kernels() if num_pixels >= KERNEL_PIXELS else None
+
+
+def _kernels_wanted() -> bool:
+    return os.environ.get("SMOOTHKIT_NO_KERNELS", "0") in ("", "0")
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
     """The compiled kernels; None without numba, or where SMOOTHKIT_NO_KERNELS is set to anything but 0."""
-    if os.environ.get("SMOOTHKIT_NO_KERNELS", "0") not in ("", "0"):
+    if not _kernels_wanted():
         return None
     try:
         from smoothkit.kernels import noise_cpu
@@ -326,22 +538,57 @@ def _kernels() -> ModuleType | None:
     return None
 
 
+@functools.cache
+def _cuda_kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernel; None where it is missing, unwanted or not right on this device, which is said once."""
+    if not _kernels_wanted():
+        return None
+    try:
+        from smoothkit.kernels import noise_triton
+
+        if _same_rows(noise_triton.noisy_rows_into, device):
+            return noise_triton
+        problem = "the Triton kernel gives other bits there; please report it"
+    except ModuleNotFoundError as error:
+        problem = f"{error.name} is not installed"
+    except Exception as error:
+        problem = f"the Triton kernel does not work there: {error}"
+    warnings.warn(f"the noise is made on the CPU and copied to {device}, since {problem}", stacklevel=4)
+    return None
+
+
 def _same_bits(kernels: ModuleType) -> bool:
-    """Whether the kernel's bits are the reference's, on some thousand values.
+    """Whether the bits of the kernels compiled by numba are the reference's, on some thousand values.
 
     A compiler that fuses multiplications with additions changes about one normal in a hundred.
     """
     n, num_pixels = 64, 67
     counter = dict(seed=2**63 + 1, purpose=Purpose.PILOT, image_id=2**55 + 1, start=2**33)
-    z = standard_normal_reference(num_pixels, stop=2**33 + n, **counter)
-    image = np.linspace(0, 1, num_pixels, dtype=np.float32)
-    expected = [
-        z,
-        image + np.float32(0.3) * z,
-        (np.rint(image * np.float32(255)) + np.rint(np.float32(76.5) * z)) / np.float32(255),
-    ]
-    made = np.full((3, n, num_pixels), np.nan, dtype=np.float32)
-    kernels.standard_normal_into(made[0], **counter)
-    kernels.noisy_copies_into(made[1], image, scale=np.float32(0.3), grid=0, **counter)
-    kernels.noisy_copies_into(made[2], image, scale=np.float32(76.5), grid=255, **counter)
-    return np.array_equal(made.view(np.uint32), np.stack(expected).view(np.uint32))
+    expected = standard_normal_reference(num_pixels, stop=2**33 + n, **counter)
+    made = np.full((n, num_pixels), np.nan, dtype=np.float32)
+    kernels.standard_normal_into(made, **counter)
+    same_normals = np.array_equal(made.view(np.uint32), expected.view(np.uint32))
+    return same_normals and _same_rows(functools.partial(_noisy_rows_by_numba, kernels), torch.device("cpu"))
+
+
+def _same_rows(fill: Callable[..., None], device: torch.device) -> bool:
+    """Whether `fill`, called as `noisy_rows`, gives the reference's bits on a batch of each type."""
+    n, images = 64, torch.linspace(0, 1, 2 * 105).reshape(2, 3, 5, 7)
+    word = counter_word(Purpose.PILOT, 2**55 + 1)
+    rows = torch.tensor([[i % 3 - 1, word + i % 2, 2**33 + i] for i in range(n)]).T.contiguous()
+    scale, mean, std = (
+        torch.linspace(0.1, 80, n),
+        torch.tensor([0.485, 0.456, 0.406]),
+        torch.tensor([0.229, 0.224, 0.225]),
+    )
+    for dtype, layout, settings in (
+        (torch.float32, torch.contiguous_format, (signed_bits(2**63 + 1), 0)),
+        (torch.bfloat16, torch.channels_last, (7, 255, mean, std)),
+    ):
+        expected = torch.empty(n, *images.shape[1:], dtype=dtype).to(memory_format=layout)
+        noisy_rows_reference(expected, images, rows, scale, *settings)
+        made = torch.full_like(expected, torch.nan, device=device)
+        fill(made, *(x.to(device) if isinstance(x, Tensor) else x for x in (images, rows, scale, *settings)))
+        if not torch.equal(made.cpu().float().view(torch.int32), expected.float().view(torch.int32)):
+            return False
+    return True

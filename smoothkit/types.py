@@ -18,6 +18,11 @@ class StoppingRule:
     The sequential kinds `hybrid`, `kt` and `staged` decide whether each of the `radii` is certified, look
     after each number of estimation samples in `looks` (the last is `n`), and stop an image when all radii
     are decided. `beta` bounds the chance of giving a radius up wrongly, which costs power only.
+
+    The kind `radius` has `within` instead of radii: it stops an image at the first look at which sampling
+    on to `n` would lengthen the certified radius by no more than `within` (pixel units, like sigma). That it
+    would not is wrong with a chance of at most `beta`, which costs length only.
+
     `skip_wrong` does not sample an image whose selected class is not its label: enough for certified
     accuracy, and no statement about the class.
     """
@@ -30,6 +35,7 @@ class StoppingRule:
     looks: tuple[int, ...] = ()
     beta: float | None = None
     skip_wrong: bool = False
+    within: float | None = None
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -40,26 +46,33 @@ class StoppingRule:
         if self.kind not in RULE_KINDS:
             raise ValueError(f"kind must be one of {', '.join(RULE_KINDS)}, got {self.kind!r}")
         if self.kind == "fixed":
-            if self.radii or self.looks or self.beta is not None or self.skip_wrong:
-                raise ValueError("a fixed rule has no radii, looks, beta or skip_wrong")
+            if self.radii or self.looks or self.beta is not None or self.skip_wrong or self.within is not None:
+                raise ValueError("a fixed rule has no radii, looks, beta, skip_wrong or within")
             return
         check_alpha(self.beta, "beta")
+        self._check_aim()
+        looks = self.looks
+        if not looks or looks[0] < 1 or list(looks) != sorted(set(looks)) or looks[-1] != self.n:
+            raise ValueError(f"looks must be increasing sample counts that end at n={self.n}, got {looks}")
+
+    def _check_aim(self) -> None:
+        if self.kind == "radius":
+            if self.radii:
+                raise ValueError(f"the kind 'radius' finds radii and is given none, got radii={self.radii}")
+            check_within(self.within)
+            object.__setattr__(self, "within", float(self.within))
+            return
+        if self.within is not None:
+            raise ValueError(f"within={self.within} goes with the kind 'radius' only, got kind={self.kind!r}")
         if not self.radii or min(self.radii) < 0 or list(self.radii) != sorted(set(self.radii)):
             raise ValueError(f"radii must be increasing and at least 0, got {self.radii}")
-        if (
-            not self.looks
-            or self.looks[0] < 1
-            or list(self.looks) != sorted(set(self.looks))
-            or self.looks[-1] != self.n
-        ):
-            raise ValueError(f"looks must be increasing sample counts that end at n={self.n}, got {self.looks}")
 
     def edges(self) -> list[int]:
         """Edges of the blocks of estimation samples, from 0 to n."""
         return [0, *self.looks] if self.looks else block_edges(self.n)
 
 
-RULE_KINDS = ("fixed", "hybrid", "kt", "staged")
+RULE_KINDS = ("fixed", "hybrid", "kt", "staged", "radius")
 
 
 def block_edges(n: int) -> list[int]:
@@ -171,6 +184,12 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"sigma must be a finite number above 0 (pixel units on [0, 1]), got {sigma!r}")
     if sigma > 20:
         raise ValueError(f"sigma must be in pixel units on [0, 1], got {sigma!r}; did you mean {sigma / 255:.3g}?")
+
+
+def check_within(within: float | None) -> None:
+    number = isinstance(within, (int, float, np.floating)) and not isinstance(within, bool)
+    if not (number and np.isfinite(within) and within > 0):
+        raise ValueError(f"within must be a finite number above 0 (pixel units, as sigma), got {within!r}")
 
 
 def check_samples(name: str, n: int) -> None:

@@ -1,72 +1,39 @@
 """Noisy copies -> base classifier -> votes, streamed in batches: the engine.
 
-Work is a list of tasks (image, purpose, sample range). Rows of successive tasks fill batches of one
-padded size, so images mix freely and the last batch is as large as the first: the logits of a row
-depend on the batch size in their last bit, not on the row's place or company. Counts stay on the
-device until a group of tasks is done.
+`VoteStream` runs tasks (image, purpose, sample range) through a base classifier; `batches` says what happens to a
+batch, `forward` how the classifier is run. Counts stay on the device until a group of tasks is done.
 """
 
-import contextlib
-import dataclasses
 import itertools
 import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smoothkit.batches import ImagesAtHand, NoiseForm, Plan, Step, Task, plans
 from smoothkit.data import Images
+from smoothkit.forward import COMPILE_AFTER, WORTH, Forward, now, prepare
 from smoothkit.models import identify
-from smoothkit.noise import Purpose, content_digest, noisy_copies
+from smoothkit.noise import Purpose, content_digest, load_kernels, noise_scale
+from smoothkit.noise_exact import exact_noisy_copies
 from smoothkit.progress import Progress, format_seconds, say
-from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, create_record
+from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, create_record, open_record
 from smoothkit.types import StoppingRule, block_edges, check_samples, check_sigma
 
-DEFAULT_BATCH = {"cpu": 100, "cuda": 400}  # on a CPU larger batches lose to page faults
+CPU_BATCH = 100  # larger batches lose to page faults
+CUDA_BATCHES = (256, 512, 1024, 2048, 4096)  # tried in turn while they are faster
 FLUSH_TASKS, FLUSH_SECONDS = 64, 1.0  # counts come to the host after so many tasks, or so long
 PART_SECONDS = 10.0  # between parts of a record; what a killed run loses at most
+KERNELS_AFTER = 60.0  # seconds of run that repay loading numba's kernel for images of any size
 LONG_RUN = 20.0  # seconds; a longer run announces its cost
 
 PURPOSES = {SELECT: Purpose.SELECT, ESTIMATE: Purpose.ESTIMATE}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Samples start..stop-1 of images[image], for one purpose."""
-
-    image: int
-    purpose: Purpose
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"a task needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
-
-
-def count_votes_reference(logits: Tensor) -> Tensor:
-    """Votes of logits [n, num_classes]: ties go to the lowest class, a row with NaN votes for nobody."""
-    voting = ~logits.isnan().any(dim=-1)  # [n]
-    return torch.bincount(logits[voting].argmax(dim=-1), minlength=logits.shape[-1])
-
-
-@contextlib.contextmanager
-def evaluating(base_classifier: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Modules in eval mode and no gradients; the mode is given back afterwards."""
-    modules = list(base_classifier.modules()) if isinstance(base_classifier, nn.Module) else []
-    were_training = [m for m in modules if m.training]
-    for m in were_training:
-        m.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for m in were_training:
-            m.training = True
 
 
 class VoteStream:
@@ -76,11 +43,19 @@ class VoteStream:
     ----------
     base_classifier : callable, float32 images [batch, C, H, W] -> logits [batch, num_classes]
     images : Images
-    sigma, seed, grid : the noise, as in `noise.noisy_copies`
+    sigma : float, or one for each image
+    seed : int
+    grid : int, None or NoiseForm
+        Steps of the grid that noise is rounded to; None for float noise.
     batch : int, optional
-        Rows of every forward pass; halved when memory runs out.
+        Rows of every forward pass; 100 on a CPU, measured on a GPU. Halved when memory runs out.
     device : str, optional
         Where batches go; by default where a module's parameters are.
+    precision : "float32", "tf32" or "bfloat16", see `forward.Forward`
+    compile : bool, optional
+        Compile the network, or not; by default where the run is long enough to repay it.
+    fingerprint : str, optional
+        Of the classifier's weights; a classifier prepared before in this process is then used again.
     """
 
     def __init__(
@@ -88,23 +63,47 @@ class VoteStream:
         base_classifier: Callable[[Tensor], Tensor],
         images: Images,
         *,
-        sigma: float,
+        sigma: float | Sequence[float],
         seed: int,
-        grid: int | None,
+        grid: int | NoiseForm | None,
         batch: int | None = None,
         device: str | torch.device | None = None,
+        precision: str = "float32",
+        compile: bool | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-        check_sigma(sigma)
-        self.base_classifier, self.images = base_classifier, images
-        self.sigma, self.seed, self.grid = sigma, seed, grid
+        self.base_classifier, self.images, self.seed = base_classifier, images, seed
+        self.sigmas = np.broadcast_to(np.asarray(sigma, dtype=np.float64), len(images))
+        for s in np.unique(self.sigmas):
+            check_sigma(float(s))
+        self.noise = grid if isinstance(grid, NoiseForm) else NoiseForm(grid)
+        self._scales = np.array([noise_scale(float(s), self.noise.grid) for s in self.sigmas])
         self.device = torch.device(device) if device else _device_of(base_classifier)
         if isinstance(base_classifier, nn.Module):
             base_classifier.to(self.device)
-        self.batch = DEFAULT_BATCH.get(self.device.type, 100) if batch is None else batch
-        check_samples("batch", self.batch)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+        if batch is not None:
+            check_samples("batch", batch)
         self._last_image: tuple[int, Tensor] | None = None
         self.digests: dict[int, str] = {}  # of every image read so far
-        self.num_classes, self.samples_per_second = self._probe()
+        self.shape = tuple(self.image(0).shape)
+        self._compile, self._drawn = compile, 0
+        self.forward: Forward = prepare(
+            base_classifier, self.shape, device=self.device, precision=precision, fingerprint=fingerprint, batch=batch
+        )
+        self._at_hand = ImagesAtHand(self.image, self.shape, self.device)
+        with self.forward.evaluating():
+            self.batch = batch or self._find_batch()
+            self._probe()
+
+    num_classes = property(lambda self: self.forward.num_classes)
+    samples_per_second = property(lambda self: self.forward.samples_per_second)
+
+    @property
+    def road(self) -> str:
+        """How the forward pass is run, as provenance keeps it."""
+        return str(self.forward.road)
 
     def image(self, i: int) -> Tensor:
         """images[i], read once for all its successive batches."""
@@ -114,50 +113,61 @@ class VoteStream:
                 self.digests[i] = content_digest(self._last_image[1])
         return self._last_image[1]
 
-    def _noisy(self, task: Task, start: int, stop: int) -> Tensor:
-        return noisy_copies(
-            self.image(task.image),
-            sigma=self.sigma,
-            seed=self.seed,
-            purpose=task.purpose,
-            image_id=self.images.ids[task.image],
-            start=start,
-            stop=stop,
-            grid=self.grid,
-        )
+    # --- before the run ---
 
-    def _logits(self, rows: Tensor) -> Tensor:
-        logits = self.base_classifier(rows.to(self.device, non_blocking=True))
-        if (
-            not isinstance(logits, Tensor)
-            or logits.ndim != 2
-            or len(logits) != len(rows)
-            or not logits.is_floating_point()
-        ):
-            found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the base classifier must give float logits [{len(rows)}, num_classes], got {found}")
-        return logits
+    def example(self) -> Tensor:
+        """A full batch of noisy rows of the first image, in the dtype and layout the forward pass takes."""
+        step = self._step()
+        step.fill(next(self._plans([Task(0, Purpose.PILOT, 0, self.batch)])))
+        self._at_hand.clear()
+        return step.rows
 
-    def _probe(self) -> tuple[int, float]:
-        """One batch thrice: number of classes, whether answers repeat, and how fast they come."""
-        task = Task(0, Purpose.PILOT, 0, self.batch)
-        with evaluating(self.base_classifier):
-            while True:
-                try:
-                    first = self._logits(self._noisy(task, 0, self.batch))
-                    break
-                except torch.OutOfMemoryError:
-                    self._halve()
-            begin = time.perf_counter()
-            again = [self._logits(self._noisy(task, 0, self.batch)).cpu() for _ in range(2)]
-            seconds = (time.perf_counter() - begin) / 2
-        first = first.cpu()
-        if bool(first.isnan().all()):
-            raise ValueError(
-                "the base classifier gives NaN for every logit of a probe batch; check its weights and normalisation"
-            )
-        _warn_if_not_repeatable(first, again[1])
-        return first.shape[1], self.batch / seconds
+    def _probe(self) -> None:
+        """One batch twice: number of classes, whether answers repeat, and how fast they come."""
+        rows = None
+        while rows is None:
+            try:
+                rows = self.example()
+                if self.forward.samples_per_second is None:
+                    self._probe_with(rows)
+                if self._compile:
+                    self.forward.compile(rows, keep_slower=True)
+            except torch.OutOfMemoryError:
+                rows = None
+                self._halve()
+
+    def _probe_with(self, rows: Tensor) -> None:
+        forward = self.forward
+        with forward.running():
+            first = forward(rows).clone()
+            if not bool(first.isfinite().any()):
+                raise ValueError(
+                    "the base classifier gives NaN or infinity for every logit of a probe batch; "
+                    "check its weights and normalisation"
+                )
+            begin = now(self.device)
+            again = forward(rows)
+            seconds = now(self.device) - begin
+            _warn_if_not_repeatable(first.cpu(), again.cpu())
+        forward.num_classes, forward.samples_per_second = first.shape[1], self.batch / max(seconds, 1e-9)
+
+    def _find_batch(self) -> int:
+        """The default on a CPU; on a GPU larger ones while they are faster."""
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        best, rate = CUDA_BATCHES[0], 0.0
+        for batch in CUDA_BATCHES:
+            try:
+                rows = self.forward.empty_rows(batch, self.shape)
+                with self.forward.running():
+                    self.forward(rows)
+                seconds = min(self.forward.seconds(rows) for _ in range(3))
+            except torch.OutOfMemoryError:
+                break
+            if batch / seconds < rate * WORTH:
+                break
+            best, rate = batch, batch / seconds
+        return best
 
     def _halve(self) -> None:
         if self.batch == 1:
@@ -169,71 +179,83 @@ class VoteStream:
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with a compute batch of {self.batch}", stacklevel=3)
 
+    def _settle(self, samples: int) -> None:
+        """Load kernels, and compile, once the run is known to be long enough or has shown it."""
+        if samples / self.samples_per_second > KERNELS_AFTER and self.device.type == "cpu":
+            load_kernels()
+        undecided = self._compile is None and isinstance(self.base_classifier, nn.Module)
+        if undecided and max(samples, self._drawn) / self.samples_per_second > COMPILE_AFTER:
+            self._compile = True
+            say("compiling the network first: up to a minute, once; this run repays it")
+            self.forward.compile(self.example())
+            say(f"going on {self.road}, at about {self.samples_per_second:,.0f} samples a second")
+
+    # --- the run ---
+
     def run(
         self, tasks: Sequence[Task], progress: Callable[[int], None] = lambda samples: None
     ) -> Iterator[tuple[Task, np.ndarray, int]]:
         """Yield (task, int64 counts [num_classes], batch) for every task; `progress` hears of samples done."""
         remaining = list(tasks)
-        while remaining:
-            finished = 0
-            try:
-                for result in self._run_at_one_batch_size(remaining, progress):
-                    finished += 1
-                    yield result
-                return
-            except torch.OutOfMemoryError:
-                remaining = remaining[finished:]
-                self._halve()
+        with self.forward.evaluating():
+            self._settle(sum(t.stop - t.start for t in remaining))
+            while remaining:
+                finished = 0
+                try:
+                    for result in self._run_at_one_batch_size(remaining, progress):
+                        finished += 1
+                        yield result
+                    return
+                except torch.OutOfMemoryError:
+                    remaining = remaining[finished:]
+                    self._halve()
 
     def _run_at_one_batch_size(self, tasks: Sequence[Task], progress) -> Iterator[tuple[Task, np.ndarray, int]]:
         # a batch completes at most `batch` tasks beyond a nearly full group
-        slots_at_once = FLUSH_TASKS + self.batch + 1
-        counts = torch.zeros(slots_at_once * self.num_classes + 1, dtype=torch.int64, device=self.device)
-        by_slot = counts[:-1].view(slots_at_once, self.num_classes)
-        group_start, last_flush = 0, time.perf_counter()
-        for rows, numbers, used, complete in self._batches(tasks):
-            self._add_votes(counts, rows, numbers - group_start, used)
-            progress(used)
-            done = complete - group_start
+        counts = torch.zeros(FLUSH_TASKS + self.batch + 1, self.num_classes, dtype=torch.int64, device=self.device)
+        step = self._step(counts)
+        first, last_flush = 0, time.perf_counter()
+        for plan in self._plans(tasks):
+            step(plan, first)
+            progress(plan.used)
+            self._drawn += plan.used
+            done = plan.complete - first
             if done and (
-                done >= FLUSH_TASKS or complete == len(tasks) or time.perf_counter() - last_flush > FLUSH_SECONDS
+                done >= FLUSH_TASKS or plan.complete == len(tasks) or time.perf_counter() - last_flush > FLUSH_SECONDS
             ):
-                for task, votes in zip(tasks[group_start:complete], by_slot[:done].cpu().numpy().copy(), strict=True):
+                for task, votes in zip(tasks[first : plan.complete], counts[:done].cpu().numpy().copy(), strict=True):
                     yield task, votes, self.batch
-                under_way = by_slot[done].clone()
+                under_way = counts[done].clone()
                 counts.zero_()
-                by_slot[0] = under_way
-                group_start, last_flush = complete, time.perf_counter()
+                counts[0] = under_way
+                self._at_hand.clear()
+                first, last_flush = plan.complete, time.perf_counter()
 
-    def _add_votes(self, counts: Tensor, rows: Tensor, slots: np.ndarray, used: int) -> None:
-        """Add a batch to the histogram over (slot, class). Padding and NaN rows go to its last cell, which nobody reads."""
-        with evaluating(self.base_classifier):
-            logits = self._logits(rows)
-            nobody = len(counts) - 1
-            cells = torch.from_numpy(slots).to(self.device) * self.num_classes + logits.argmax(dim=-1)
-            cells[used:] = nobody
-            cells = torch.where(logits.isnan().any(dim=-1), nobody, cells)
-            counts.index_add_(0, cells, torch.ones_like(cells))
+    def _plans(self, tasks: Sequence[Task]) -> Iterator[Plan]:
+        return plans(tasks, self.batch, self._at_hand, self.images.ids, self._scales)
 
-    def _batches(self, tasks: Sequence[Task]) -> Iterator[tuple[Tensor, np.ndarray, int, int]]:
-        """Full batches of rows, their tasks' numbers, rows used, and how many tasks are then complete."""
-        rows, slots, filled = None, np.zeros(self.batch, dtype=np.int64), 0
-        for number, task in enumerate(tasks):
-            start = task.start
-            while start < task.stop:
-                stop = min(task.stop, start + self.batch - filled)
-                noisy = self._noisy(task, start, stop)
-                if rows is None:
-                    rows = torch.zeros(self.batch, *noisy.shape[1:])
-                rows[filled : filled + stop - start] = noisy
-                slots[filled : filled + stop - start] = number
-                filled += stop - start
-                start = stop
-                if filled == self.batch or (number == len(tasks) - 1 and start == task.stop):
-                    slots[filled:] = number
-                    rows[filled:] = 0
-                    yield rows, slots, filled, number + (start == task.stop)
-                    rows, slots, filled = torch.zeros_like(rows), np.zeros_like(slots), 0
+    def _step(self, counts: Tensor | None = None) -> Step:
+        return Step(
+            self.forward,
+            self._at_hand,
+            batch=self.batch,
+            seed=self.seed,
+            noise=self.noise,
+            counts=counts,
+            exactly=self._exact_copies,
+        )
+
+    def _exact_copies(self, task: Task, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return exact_noisy_copies(
+            self.image(task.image),
+            sigma=float(self.sigmas[task.image]),
+            seed=self.seed,
+            purpose=task.purpose,
+            image_id=self.images.ids[task.image],
+            start=start,
+            stop=stop,
+            grid=self.noise.grid,
+        )
 
 
 def _device_of(base_classifier: Callable) -> torch.device:
@@ -251,15 +273,22 @@ def _warn_if_not_repeatable(first: Tensor, again: Tensor) -> None:
     warnings.warn(
         f"the base classifier is not deterministic: the same batch gave logits {difference:.3g} apart and changed "
         f"{flipped} of {len(first)} votes; certificates hold only if its randomness does not depend on the image",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
 # --- filling a record --------------------------------------------------------------------------------
 
 
-def noise_name(grid: int | None) -> str:
-    return "float" if grid is None else f"grid:{grid}"
+def noise_form(grid: int | str | None, images: Images) -> NoiseForm:
+    """The noise that `grid` asks for: "data", "exact", a number of steps, or None for float noise."""
+    if grid == "exact":
+        if images.grid is None:
+            raise ValueError(
+                f"grid='exact' needs data that declares a grid, and {images.dataset} declares none; use grid=None"
+            )
+        return NoiseForm(images.grid, exact=True)
+    return NoiseForm(images.grid if grid == "data" else grid)
 
 
 def open_run(
@@ -273,15 +302,29 @@ def open_run(
     grid: int | str | None = "data",
     batch: int | None = None,
     device: str | None = None,
+    precision: str = "float32",
+    compile: bool | None = None,
     model_id: str | None = None,
 ) -> tuple[Record, VoteStream]:
     """The record a run writes into and the stream that fills it; parameters as in `collect_votes`."""
     check_sigma(sigma)
-    grid = images.grid if grid == "data" else grid
+    noise = noise_form(grid, images)
     if out is None and not isinstance(base_classifier, nn.Module):
         model_id = model_id or "unnamed"  # votes in memory are never mixed with those of another run
     known = identify(base_classifier, model_id)
-    stream = VoteStream(base_classifier, images, sigma=sigma, seed=seed, grid=grid, batch=batch, device=device)
+    batch, compile = _as_before(out, batch, compile)
+    stream = VoteStream(
+        base_classifier,
+        images,
+        sigma=sigma,
+        seed=seed,
+        grid=noise,
+        batch=batch,
+        device=device,
+        precision=precision,
+        compile=compile,
+        fingerprint=known.fingerprint,
+    )
     if images.labels.max() >= stream.num_classes:
         worst = int(images.labels.argmax())
         raise ValueError(
@@ -296,12 +339,23 @@ def open_run(
         num_classes=stream.num_classes,
         sigma=float(sigma),
         seed=seed,
-        noise=noise_name(grid),
-        precision="float32",
+        noise=str(noise),
+        precision=precision,
         stopping_rule=stopping_rule,
     )
     names = images.class_names or getattr(base_classifier, "class_names", ())
     return create_record(out, identity, names), stream
+
+
+def _as_before(out, batch: int | None, compile: bool | None) -> tuple[int | None, bool | None]:
+    """Compute batch and road of a record that is gone on with, where none are given: a change could move a last bit."""
+    if out is None or not (Path(out) / "run.json").is_file():
+        return batch, compile
+    for part in open_record(out).provenance()[-1:]:
+        batch = part.get("compute_batch") if batch is None else batch
+        if compile is None and "road" in part:
+            compile = part["road"].startswith("compiled")
+    return batch, compile
 
 
 def collect_votes(
@@ -327,8 +381,9 @@ def collect_votes(
     out : path, optional
         The record's folder; an unfinished record of the same run goes on where it stopped. Without it
         the record lives in memory.
-    grid : "data" (the data set's own), a number of steps, or None for float noise
-    batch, device : see `VoteStream`
+    grid : "data" (the data set's own), a number of steps, None for float noise, or "exact"
+        Noise is rounded to this grid before it is added; "exact" draws it on the data's grid by exact thresholds.
+    batch, device, precision, compile : see `VoteStream`
     model_id : str, optional
         Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
 
@@ -396,7 +451,7 @@ class RecordWriter:
 
     def __init__(self, record: Record, stream: VoteStream) -> None:
         self.record, self.stream = record, stream
-        self._pending: dict[int, list[Row]] = {}  # by compute batch: each part has one
+        self._pending: dict[tuple[int, str], list[Row]] = {}  # by compute batch and road: each part has one
         self._last_part = time.perf_counter()
 
     def add(self, task: Task, counts: np.ndarray, batch: int) -> None:
@@ -412,13 +467,13 @@ class RecordWriter:
             stop=task.stop,
             counts=tuple(counts.tolist()),
         )
-        self._pending.setdefault(batch, []).append(row)
+        self._pending.setdefault((batch, self.stream.road), []).append(row)
         if time.perf_counter() - self._last_part > PART_SECONDS:
             self.write()
 
     def write(self) -> None:
-        for batch, rows in self._pending.items():
-            self.record.append(rows, provenance(self.stream.device, batch))
+        for (batch, road), rows in self._pending.items():
+            self.record.append(rows, provenance(self.stream.device, batch, road))
         self._pending.clear()
         self._last_part = time.perf_counter()
 
@@ -429,13 +484,14 @@ class RecordWriter:
         self.write()
 
 
-def provenance(device: torch.device, batch: int) -> dict:
+def provenance(device: torch.device, batch: int, road: str) -> dict:
     """What may differ between parts of one record, kept with each."""
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
         "compute_batch": batch,
+        "road": road,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -9,23 +9,32 @@ from conftest import ROOT
 
 # a module may import those before it
 ORDER = [
-    "types", "kernels", "kernels.noise_cpu", "noise", "data", "models", "records", "progress", "votes", "bounds",
-    "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report", "claims", "bench", "plots",
+    "types", "kernels", "kernels.noise_cpu", "kernels.noise_triton", "kernels.votes_triton", "noise", "noise_exact",
+    "counting", "data", "networks", "models", "progress", "adapters.base", "adapters.lora", "adapters.bottleneck",
+    "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
+    "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "forward", "batches",
+    "records", "votes", "bounds", "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report",
+    "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
     "gallery", "workbook", "checks", "cli", "__main__",
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them
+WITHOUT_TORCH = {
+    "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "logs", "report", "claims",
+    "plots", "gallery", "workbook", "checks",
+}  # fmt: skip
 ONLY_IN = {
-    "timm": {"models"},
-    "torch": {"noise", "data", "models", "votes", "certify.smoothed", "cli"},
+    "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},
+    "torch": set(ORDER) - WITHOUT_TORCH,
     "torchvision": {"data"},
     "plotly": {"plots", "gallery"},
     "matplotlib": {"plots", "gallery"},
     "papermill": {"workbook"},
     "nbconvert": {"gallery", "workbook"},
-    "triton": set(),
+    "triton": {"kernels.noise_triton", "kernels.votes_triton"},
     "numba": {"kernels.noise_cpu"},
+    "art": {"bench.peers"},
     "diffusers": set(),
-    "peft": set(),
+    "peft": {"adapters.lora"},
 }
 
 

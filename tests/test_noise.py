@@ -1,9 +1,14 @@
 """The bits of the noise, their distribution, and what they may not depend on."""
 
+import itertools
+import subprocess
+import sys
+
 import mpmath
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy import stats
 
 from smoothkit import noise
@@ -187,3 +192,180 @@ def test_ids_and_digests():
     assert noise.content_digest(image) != noise.content_digest(image.reshape(1, 1, 4))
     assert noise.content_digest(image) == noise.content_digest(image.clone())
     assert len({noise.fresh_seed() for _ in range(8)}) == 8
+
+
+# --- rows of a batch -------------------------------------------------------------------------------
+
+SEED = 2**63 + 7
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def batch_of(shape: tuple[int, ...], n: int, grid: int, normalise: bool) -> dict:
+    """Arguments of `noisy_rows` for rows of four images in any order, some of them padding."""
+    rng = np.random.default_rng(n)
+    images = rng.integers(0, (grid or 255) + 1, (4, *shape)) / (grid or 255)
+    ids = [noise.counter_word(purpose, image) for purpose, image in ((4, 2**31 + 5), (3, 2**56 - 1), (200, 1))]
+    rows = [[rng.integers(-1, 4), ids[i % 3], (2**33 + 250, 2**40 - 1, i)[i % 3]] for i in range(n)]
+    return dict(
+        images=torch.from_numpy(images.astype(np.float32)),
+        rows=torch.tensor(rows, dtype=torch.int64).reshape(n, 3).T.contiguous(),
+        scale=torch.from_numpy(rng.uniform(0.1, 2, n).astype(np.float32)) * (grid or 1),
+        seed=noise.signed_bits(SEED),
+        grid=grid,
+        mean=torch.tensor((MEAN * 2)[: shape[0]]) if normalise else None,
+        std=torch.tensor((STD * 2)[: shape[0]]) if normalise else None,
+    )
+
+
+def unwritten(n: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> torch.Tensor:
+    return torch.full((n, *shape), torch.nan, dtype=dtype, device=device).to(memory_format=LAYOUTS[layout])
+
+
+def row_by_row(out: torch.Tensor, images, rows, scale, seed, grid, mean, std) -> torch.Tensor:
+    """What `noisy_rows` should make, one row after another."""
+    expected = torch.zeros(out.shape)
+    for i, (image, word, sample) in enumerate(rows.T.tolist()):
+        if image >= 0:
+            word %= 2**64
+            counter = dict(seed=seed % 2**64, purpose=word >> 56, image_id=word % 2**56, start=sample)
+            z = noise.standard_normal_reference(out[0].numel(), stop=sample + 1, **counter).reshape(out.shape[1:])
+            x, s = images[image].numpy(), scale[i].numpy()
+            row = x + s * z if grid == 0 else (np.rint(x * np.float32(grid)) + np.rint(s * z)) / np.float32(grid)
+            expected[i] = torch.from_numpy(row)
+            if mean is not None:
+                expected[i] = (expected[i] - mean[:, None, None]) / std[:, None, None]
+    return expected.to(out.dtype)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    assert a.dtype == b.dtype
+    return torch.equal(a.float().cpu().view(torch.int32), b.float().cpu().view(torch.int32))
+
+
+@pytest.mark.parametrize("grid", [0, 255, 256])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (1, 8, 8), (3, 24, 25), (5, 37, 11), (1, 70, 71)])
+def test_noisy_rows(shape, grid):
+    for dtype, layout, normalise in itertools.product((torch.float32, torch.bfloat16), LAYOUTS, (False, True)):
+        for n in (0, 1, 7, 40):
+            given = batch_of(shape, n, grid, normalise)
+            out, reference = (unwritten(n, shape, dtype, layout) for _ in range(2))
+            strides = out.stride()
+            noise.noisy_rows(out, **given)
+            noise.noisy_rows_reference(reference, **given)
+            expected = row_by_row(out, **given)
+            assert same(out, expected) and same(reference, expected)
+            assert out.stride() == strides
+            assert out[given["rows"][0] < 0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("num_pixels", [192, 3072])
+@pytest.mark.parametrize("grid", [None, 255])
+def test_rows_are_noisy_copies(num_pixels, grid):
+    """Rows of one image are what `noisy_copies` makes, wherever they stand in the batch."""
+    images = (torch.arange(2 * num_pixels) % 256 / 255).reshape(2, 3, 8, -1)
+    counter = dict(seed=SEED, purpose=Purpose.ESTIMATE, image_id=2**55 + 3)
+    copies = noise.noisy_copies(images[1], sigma=0.12, grid=grid, start=2**33, stop=2**33 + 30, **counter)
+    rows = torch.empty(3, 30, dtype=torch.int64)
+    rows[0], rows[1] = 1, noise.counter_word(Purpose.ESTIMATE, 2**55 + 3)
+    rows[2] = 2**33 + torch.arange(30).flip(0)
+    scale = torch.full((30,), float(noise.noise_scale(0.12, grid)))
+    out = unwritten(30, images.shape[1:], torch.float32, "channels_last")
+    noise.noisy_rows(out, images, rows, scale, noise.signed_bits(SEED), grid or 0)
+    assert same(out.flip(0), copies)
+
+
+def test_rows_of_nan_and_padding():
+    """A scale or an image that is NaN gives NaN, in bfloat16 too; padding is zeros whatever stands beside it."""
+    for shape in ((1, 2, 2), (3, 24, 25)):
+        given = batch_of(shape, 3, 255, False)
+        given["rows"][0] = torch.tensor([0, -1, 1])
+        given["scale"][:2] = torch.nan
+        given["images"][1] = torch.nan
+        for dtype in (torch.float32, torch.bfloat16):
+            out = unwritten(3, shape, dtype, "contiguous")
+            noise.noisy_rows(out, **given)
+            assert out[0].isnan().all() and out[2].isnan().all() and out[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": torch.zeros(4, 3, 5, 7, dtype=torch.float64)}, "out must be float32 or bfloat16"),
+        ({"out": torch.zeros(4, 3, 7, 5).transpose(2, 3)}, "contiguous or channels_last"),
+        ({"images": torch.zeros(4, 3, 5, 6)}, "images must be contiguous"),
+        ({"images": torch.zeros(4, 3, 5, 7, dtype=torch.float64)}, "images must be torch.float32"),
+        ({"rows": torch.zeros(4, 3, dtype=torch.int64)}, "rows must be"),
+        ({"scale": torch.zeros(5)}, "scale must be"),
+        ({"mean": torch.zeros(3)}, "mean and std must be given together"),
+        ({"grid": -1}, "grid must lie"),
+        ({"rows": torch.full((3, 4), 4)}, "indices of the 4 images, got 4 to 4"),
+        ({"rows": torch.full((3, 4), -2)}, "indices of the 4 images"),
+        ({"rows": torch.tensor([[0], [0], [2**40]]).expand(3, 4)}, "samples in"),
+    ],
+)
+def test_rows_that_do_not_fit(change, message):
+    given = {"out": torch.zeros(4, 3, 5, 7), **batch_of((3, 5, 7), 4, 255, False), **change}
+    with pytest.raises(ValueError, match=message):
+        noise.noisy_rows(**given)
+
+
+def test_words_as_signed_bits():
+    assert [noise.signed_bits(x) for x in (0, 2**63 - 1, 2**63, 2**64 - 1)] == [0, 2**63 - 1, -(2**63), -1]
+    assert noise.counter_word(Purpose.ESTIMATE, 5) == 5 + (4 << 56)
+    assert noise.counter_word(255, 2**56 - 1) == -1
+    with pytest.raises(ValueError, match="value must lie"):
+        noise.signed_bits(2**64)
+    with pytest.raises(ValueError, match="image_id must lie"):
+        noise.counter_word(Purpose.ESTIMATE, 2**56)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noisy_rows_is_an_operator(layout):
+    for normalise, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        given = batch_of((3, 5, 7), 4, 255, normalise)
+        out = unwritten(4, (3, 5, 7), dtype, layout).zero_()
+        torch.library.opcheck(noise.noisy_rows, (out, *given.values()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noisy_rows_compiles(layout):
+    given = batch_of((3, 5, 7), 6, 255, True)
+
+    def forward(out):
+        noise.noisy_rows(out, **given)
+        return out.sum(dim=(1, 2, 3))
+
+    out = unwritten(6, (3, 5, 7), torch.float32, layout)
+    with torch.inference_mode():
+        sums = torch.compile(forward, fullgraph=True, backend="aot_eager")(out)
+        assert same(out, row_by_row(out, **given)) and torch.allclose(sums, out.sum(dim=(1, 2, 3)))
+
+
+def test_without_triton_the_cpu_makes_the_noise_of_a_cuda_device():
+    code = (
+        "import sys\nsys.modules['triton'] = None\n"
+        "import torch\nfrom smoothkit import noise\n"
+        "device = torch.device('cuda', 0)\n"
+        "print(noise._cuda_kernels(device), noise._cuda_kernels(device), noise.road(3072, device))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["None", "None"] and done.stdout.split()[2] in ("numba", "numpy")
+    assert done.stderr.count("made on the CPU and copied to cuda:0, since triton is not installed") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", [0, 255, 256])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (3, 32, 32), (3, 37, 211)])
+def test_noisy_rows_on_cuda(shape, grid):
+    assert noise.road(device="cuda") == "triton"
+    for dtype, layout, normalise in itertools.product((torch.float32, torch.bfloat16), LAYOUTS, (False, True)):
+        for n in (0, 1, 130):
+            given = batch_of(shape, n, grid, normalise)
+            out, expected = (unwritten(n, shape, dtype, layout, device) for device in ("cuda", "cpu"))
+            noise.noisy_rows(out, **{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()})
+            noise.noisy_rows_reference(expected, **given)
+            assert same(out, expected)

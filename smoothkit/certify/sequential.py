@@ -1,7 +1,7 @@
-"""Certification at given radii with as few samples as it takes: tests that may be looked at again and again.
+"""Certification with as few samples as it takes: tests and bounds that may be looked at again and again.
 
-An image is sampled in steps, and after each step every radius is certified, given up, or left open; it
-stops when nothing is open. Three rules:
+At given radii: an image is sampled in steps, and after each step every radius is certified, given up, or left open;
+it stops when nothing is open. Three rules:
 
 - `kt`: one-sided Krichevsky-Trofimov wealth against p_r = Phi(radius / sigma); valid at every look together.
 - `hybrid`: the same at alpha / 2, and at the last look one Clopper-Pearson test with the other half. It loses
@@ -11,6 +11,13 @@ stops when nothing is open. Three rules:
 The class is guessed on n0 samples that are then thrown away, so a wrong guess can only abstain. Several radii
 share one alpha without correction: the boundaries are made increasing in the radius, so whenever any false radius
 is certified, the smallest false one has crossed its own boundary, which happens with probability at most alpha.
+
+To find the radius: the rule `radius` bounds p_A from below at every look and stops when sampling on would lengthen the
+certified radius by no more than a stated precision. Its claim is the largest bound of all looks: that of a confidence
+sequence at alpha / 2 (`bounds.kt_lower`, above p_A at *any* look with probability at most alpha / 2) and, at the last
+look, the Clopper-Pearson bound with the other half. That one is above p_A with probability at most alpha / 2 had
+all n samples been drawn, so no more often if only some images get there. Either fails with probability at most
+alpha, whatever made the sampling stop.
 """
 
 import functools
@@ -19,11 +26,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import special, stats
 
-from smoothkit.bounds import OUTWARD, check_reach, clopper_pearson_count, kt_boundaries
+from smoothkit.bounds import (
+    OUTWARD,
+    check_reach,
+    clopper_pearson_count,
+    clopper_pearson_lower,
+    kt_boundaries,
+    kt_lower,
+    kt_upper,
+    radius,
+    radius_cap,
+)
 from smoothkit.records import ESTIMATE, SELECT, Record, RecordError
-from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma
+from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma, floor_to
 
 OPEN, CERTIFIED, GIVEN_UP = 0, 1, -1
 
@@ -37,26 +54,48 @@ def default_looks(n_max: int, first: int = 100, growth: float = 1.05) -> tuple[i
 
 
 def sequential_rule(
-    radii: Sequence[float],
+    radii: Sequence[float] = (),
     *,
+    within: float | None = None,
     n0: int = 100,
     n_max: int = 100_000,
     alpha: float = 0.001,
-    beta: float = 0.001,
-    kind: str = "hybrid",
+    beta: float | None = None,
+    kind: str | None = None,
     looks: Sequence[int] | None = None,
     skip_wrong: bool = False,
 ) -> StoppingRule:
-    """A stopping rule for `certify_sequentially`; see `StoppingRule` for the parameters.
+    """A stopping rule for `certify_sequentially`: to decide `radii`, or to find the radius to `within` so much.
 
-    `staged` looks at 100, 1,000, 10,000, ... and the others at `default_looks`, unless `looks` are given.
+    Parameters
+    ----------
+    radii : L2 radii, units of sigma
+    within : float, instead of radii
+        Sampling stops when it would lengthen the radius by no more than this; units of sigma.
+    n0, n_max, alpha, skip_wrong : see `StoppingRule`, where n_max is `n`
+    beta : float, optional
+        0.001 with radii, 0.05 with `within` if not given. It costs power only, never soundness.
+    kind : str, optional
+        "hybrid" (what is used if not given), "kt" or "staged" with radii; "radius" with `within`.
+    looks : sample counts, optional
+        `staged` looks at 100, 1,000, 10,000, ... and the others at `default_looks` if not given.
     """
     if kind == "fixed":
         raise ValueError("kind must be hybrid, kt or staged; a fixed n is what Smoothed.sample does")
+    if within is not None and len(radii):
+        raise ValueError(f"give radii to decide, or within to find the radius, not both: {radii}, {within}")
     check_samples("n_max", n_max)
-    if looks is None:
-        looks = [*(10**k for k in range(2, 12) if 10**k < n_max), n_max] if kind == "staged" else default_looks(n_max)
-    return StoppingRule(n0, n_max, alpha, kind, tuple(sorted(radii)), tuple(looks), beta, skip_wrong)
+    kind = kind or ("hybrid" if within is None else "radius")
+    if beta is None:
+        beta = 0.05 if kind == "radius" else 0.001
+    looks = _default_looks_of(kind, n_max) if looks is None else looks
+    return StoppingRule(n0, n_max, alpha, kind, tuple(sorted(radii)), tuple(looks), beta, skip_wrong, within)
+
+
+def _default_looks_of(kind: str, n_max: int) -> tuple[int, ...]:
+    if kind == "staged":
+        return (*(10**k for k in range(2, 12) if 10**k < n_max), n_max)
+    return default_looks(n_max)
 
 
 @functools.lru_cache(maxsize=32)
@@ -76,10 +115,14 @@ def boundaries(rule: StoppingRule, sigma: float) -> tuple[np.ndarray, np.ndarray
 
 def _p_r(radius: float, sigma: float) -> float:
     """Phi(radius / sigma), rounded up: more than this must be proved."""
-    p = float(special.ndtr(radius / sigma)) * (1 + OUTWARD)
+    p = _rounded_up_p_r(radius, sigma)
     if p >= 1:
         raise ValueError(f"radius {radius:g} is {radius / sigma:.1f} sigma; no number of samples certifies that")
     return p
+
+
+def _rounded_up_p_r(radius: float, sigma: float) -> float:
+    return float(special.ndtr(radius / sigma)) * (1 + OUTWARD)
 
 
 def _boundaries_of_one_radius(rule: StoppingRule, looks: np.ndarray, p_r: float) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +134,72 @@ def _boundaries_of_one_radius(rule: StoppingRule, looks: np.ndarray, p_r: float)
     if rule.kind == "hybrid":
         up[-1] = min(up[-1], clopper_pearson_count(looks[-1:], p_r, rule.alpha / 2)[0])
     return up, down
+
+
+def check_rule(rule: StoppingRule, sigma: float) -> None:
+    """Refuse, before sampling, a rule with a radius or a `within` that no votes could meet.
+
+    Raises
+    ------
+    ValueError
+        Names the radii, the cap for n, and the n that would do.
+    """
+    check_sigma(sigma)
+    check_reach(rule.n, rule.alpha)
+    cap, unanimous = _cap(rule, sigma), f"{rule.n:,} unanimous votes at alpha={rule.alpha:g} and sigma={sigma:g}"
+    if rule.kind == "radius":
+        if cap <= rule.within:
+            raise ValueError(
+                f"within={rule.within:g} is too coarse: {unanimous} certify a radius of {floor_to(cap, 3)}; "
+                f"use a smaller one"
+            )
+        return
+    beyond = [r for r in rule.radii if r > cap]
+    if beyond:
+        names = f"radius {beyond[0]:g} is" if len(beyond) == 1 else f"radii {', '.join(f'{r:g}' for r in beyond)} are"
+        raise ValueError(
+            f"{names} beyond reach: {unanimous} certify at most the cap, {floor_to(cap, 3)}; "
+            f"leave out what is above it, {_what_would_do(rule, beyond[-1], sigma)}"
+        )
+
+
+def _what_would_do(rule: StoppingRule, radius: float, sigma: float) -> str:
+    p_r = _rounded_up_p_r(radius, sigma)
+    n = _smallest_n(rule, p_r) if p_r < 1 else None
+    if n is None:
+        return f"since no number of samples up to {MOST_SAMPLES:,} certifies {radius / sigma:.1f} sigma"
+    return f"or use n of at least {n:,}"
+
+
+def _cap(rule: StoppingRule, sigma: float) -> float:
+    """The largest radius that a rule can certify: that of unanimous votes at the last look."""
+    if rule.kind == "kt":
+        return float(radius(kt_lower(rule.n, rule.n, rule.alpha), sigma))
+    share = len(rule.looks) if rule.kind == "staged" else 2
+    return radius_cap(rule.n, rule.alpha / share, sigma)
+
+
+MOST_SAMPLES = 10**9  # what is beyond would take years
+
+
+def _smallest_n(rule: StoppingRule, p_r: float) -> int | None:
+    """The fewest samples whose unanimous votes prove more than p_r by a rule of this kind; None if beyond all reason."""
+    low, high = rule.n, 2 * rule.n
+    while not _unanimous_suffice(rule, high, p_r):
+        low, high = high, 2 * high
+        if high > MOST_SAMPLES:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _unanimous_suffice(rule, middle, p_r) else (middle, high)
+    return high
+
+
+def _unanimous_suffice(rule: StoppingRule, n: int, p_r: float) -> bool:
+    if rule.kind == "kt":
+        return bool(kt_boundaries(np.array([n]), p_r, rule.alpha, rule.beta)[0][0] <= n)
+    share = len(_default_looks_of("staged", n)) if rule.kind == "staged" else 2
+    return bool(clopper_pearson_count(n, p_r, rule.alpha / share) <= n)
 
 
 def decide(rule: StoppingRule, sigma: float, successes: np.ndarray) -> np.ndarray:
@@ -110,53 +219,128 @@ def decide(rule: StoppingRule, sigma: float, successes: np.ndarray) -> np.ndarra
     return np.where((state == OPEN) & (len(successes) == len(rule.looks)), GIVEN_UP, state)
 
 
+# --- finding the radius --------------------------------------------------------------------------------
+
+
+def lower_bounds(rule: StoppingRule, h: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Lower bounds on p_A by the rule `radius`, from h votes for the guessed class at the look t; float64.
+
+    All of them together, and so the largest, lie above p_A with probability at most `rule.alpha`.
+    """
+    h, t = np.asarray(h), np.asarray(t)
+    bound = kt_lower(h, t, rule.alpha / 2)
+    at_the_end = t == rule.n
+    bound[at_the_end] = np.maximum(
+        bound[at_the_end], clopper_pearson_lower(h[at_the_end], t[at_the_end], rule.alpha / 2)
+    )
+    return bound
+
+
+def possible_gain(rule: StoppingRule, sigma: float, h: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """By how much the bound at n could lengthen the certified radius if sampling went on; units of sigma.
+
+    With probability 1 - `rule.beta` it will not be more where sampling stops: half of beta goes to an upper confidence
+    sequence for p_A, the other to the votes that so large a p_A would still bring.
+
+    Parameters
+    ----------
+    h, t : int arrays of one shape, votes for the guessed class and samples at the latest look
+    """
+    h, t = np.asarray(h), np.asarray(t)
+    p_a_upper = kt_upper(h, t, rule.beta / 2)
+    to_come = np.where(p_a_upper < 1, stats.binom.isf(rule.beta / 2, rule.n - t, p_a_upper), rule.n - t)
+    at_the_end = clopper_pearson_lower(h + to_come.astype(np.int64), np.full_like(t, rule.n), rule.alpha / 2)
+    return np.maximum(0.0, radius(at_the_end, sigma) - radius(lower_bounds(rule, h, t), sigma))
+
+
+# --- records -------------------------------------------------------------------------------------------
+
+
+def still_open(rule: StoppingRule, sigma: float, successes: Sequence[np.ndarray]) -> np.ndarray:
+    """Which images need a further look: bool [images].
+
+    Parameters
+    ----------
+    successes : for each image, int array [looks done] of votes for the guessed class, cumulative
+    """
+    if rule.kind != "radius":
+        return np.array([(decide(rule, sigma, s) == OPEN).any() for s in successes], dtype=bool)
+    done = np.array([len(s) for s in successes], dtype=np.int64)
+    begun = done > 0
+    h = np.array([s[-1] for s in successes if len(s)], dtype=np.int64)
+    t = np.array(rule.looks)[done[begun] - 1]
+    is_open = np.ones(len(successes), dtype=bool)
+    is_open[begun] = (t < rule.n) & (possible_gain(rule, sigma, h, t) > rule.within)
+    return is_open
+
+
+def claims(rule: StoppingRule, sigma: float, successes: Sequence[np.ndarray]) -> list[tuple[float, float]]:
+    """For each image the lower bound on p_A that the looks so far prove and its radius; 0 and 0 if none."""
+    if rule.kind != "radius":
+        largest = [
+            max((r for r, d in zip(rule.radii, decide(rule, sigma, s), strict=True) if d == CERTIFIED), default=None)
+            for s in successes
+        ]
+        return [(0.0, 0.0) if r is None else (float(special.ndtr(r / sigma)), r) for r in largest]
+    ends = np.cumsum([len(s) for s in successes])
+    t = np.concatenate([np.array(rule.looks)[: len(s)] for s in successes])
+    bounds = lower_bounds(rule, np.concatenate(successes).astype(np.int64), t)
+    best = np.array([b.max(initial=0.0) for b in np.split(bounds, ends[:-1])])
+    return list(zip(best.tolist(), radius(best, sigma).tolist(), strict=True))
+
+
 def sequential_certificates(record: Record) -> pd.DataFrame:
-    """Certificates of a sequential record: its decisions, made again from the counts.
+    """Certificates of a sequential record: its decisions or bounds, made again from the counts.
 
     Returns
     -------
-    DataFrame as `certify.certificates`; `radius` is the largest radius of the rule's that was certified,
-    `n` the samples it took, `p_a_lower` the probability proved. Images still open are left out.
+    DataFrame as `certify.certificates`; `radius` is the largest radius of the rule's that was certified, or that
+    of the largest bound, `n` the samples it took, `p_a_lower` the probability proved. Images still open are left out.
     """
     rule, sigma = record.stopping_rule, record.sigma
-    rows = []
-    for image in record.looks().itertuples():
-        if len(image.selection) < len(block_edges(rule.n0)) - 1:
-            continue
-        c_a = int(image.selection.sum(axis=0).argmax())
-        successes = image.estimation[:, c_a].cumsum()
-        skipped = rule.skip_wrong and c_a != image.label
-        if not skipped and (decide(rule, sigma, successes) == OPEN).any():
-            continue
-        certified = (
-            np.flatnonzero(decide(rule, sigma, successes) == CERTIFIED) if not skipped else np.array([], dtype=int)
-        )
-        radius = rule.radii[certified[-1]] if len(certified) else 0.0
-        predict = c_a if len(certified) else ABSTAIN
-        rows.append(
-            {
-                "idx": image.index,
-                "label": image.label,
-                "predict": predict,
-                "radius": radius,
-                "correct": predict == image.label and predict != ABSTAIN,
-                "sigma": sigma,
-                "n0": rule.n0,
-                "n": rule.looks[len(successes) - 1] if len(successes) else 0,
-                "alpha": rule.alpha,
-                "c_a": c_a,
-                "n_a": int(successes[-1]) if len(successes) else 0,
-                "p_a_lower": float(special.ndtr(radius / sigma)) if len(certified) else 0.0,
-                "noise": record.identity.noise,
-                "key": image.key,
-                "image_id": image.image_id,
-            }
-        )
-    if not rows:
+    images = [x for x in record.looks().itertuples() if len(x.selection) == len(block_edges(rule.n0)) - 1]
+    guessed = [int(x.selection.sum(axis=0).argmax()) for x in images]
+    skipped = np.array([rule.skip_wrong and c != x.label for x, c in zip(images, guessed, strict=True)], dtype=bool)
+    successes = [
+        x.estimation[:0, c] if skip else x.estimation[:, c].cumsum()
+        for x, c, skip in zip(images, guessed, skipped, strict=True)
+    ]
+    finished = np.flatnonzero(skipped | ~still_open(rule, sigma, successes))
+    if not len(finished):
         raise RecordError(
             f"{record.path or 'the record'} has no decided image yet; run the same command again to go on"
         )
+    proved = claims(rule, sigma, [successes[i] for i in finished])
+    rows = [
+        _certificate_row(record, images[i], guessed[i], successes[i], *claim)
+        for i, claim in zip(finished, proved, strict=True)
+    ]
     return pd.DataFrame(rows).sort_values("idx", ignore_index=True)
+
+
+def _certificate_row(
+    record: Record, image, c_a: int, successes: np.ndarray, p_a_lower: float, certified: float
+) -> dict[str, object]:
+    # a radius of 0 among those to decide is certified by p_A > 1/2, and then p_a_lower is 1/2
+    rule = record.stopping_rule
+    predict = c_a if (certified > 0 if rule.kind == "radius" else p_a_lower > 0) else ABSTAIN
+    return {
+        "idx": image.index,
+        "label": image.label,
+        "predict": predict,
+        "radius": certified,
+        "correct": predict == image.label and predict != ABSTAIN,
+        "sigma": record.sigma,
+        "n0": rule.n0,
+        "n": rule.looks[len(successes) - 1] if len(successes) else 0,
+        "alpha": rule.alpha,
+        "c_a": c_a,
+        "n_a": int(successes[-1]) if len(successes) else 0,
+        "p_a_lower": p_a_lower,
+        "noise": record.identity.noise,
+        "key": image.key,
+        "image_id": image.image_id,
+    }
 
 
 def certify_sequentially(
@@ -168,7 +352,7 @@ def certify_sequentially(
     progress: bool = True,
     **settings,
 ) -> Record:
-    """Sample each image until all radii of the rule are decided; undecided images share the batches.
+    """Sample each image until its rule says stop; images still open share the batches.
 
     Parameters
     ----------
@@ -183,17 +367,12 @@ def certify_sequentially(
     Raises
     ------
     ValueError
-        If the rule cannot certify its smallest radius with n_max unanimous votes.
+        If a radius of the rule is beyond what n_max unanimous votes certify; see `check_rule`.
     """
     from smoothkit.progress import Progress
     from smoothkit.votes import PURPOSES, RecordWriter, Task, announce, check_contents, open_run
 
-    check_reach(rule.n, rule.alpha)
-    up, _ = boundaries(rule, sigma)
-    if up[0, -1] > rule.n:
-        raise ValueError(
-            f"radius {rule.radii[0]:g} is beyond reach: even {rule.n:,} unanimous votes do not certify it at sigma={sigma:g}"
-        )
+    check_rule(rule, sigma)
     record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=rule, **settings)
     check_contents(record, images)
     known = record.looks().set_index("image_id")
@@ -205,16 +384,16 @@ def certify_sequentially(
     estimate = list(itertools.pairwise(rule.edges()))
     announce(stream, len(images) * (rule.n0 + rule.looks[0]), len(images), how="at the least ")
 
-    def next_task(i: int) -> Task | None:
-        selection, estimation = counted[i]
-        if len(selection) < len(select):
-            return Task(i, PURPOSES[SELECT], *select[len(selection)])
-        c_a = int(np.sum(selection, axis=0).argmax())
-        if rule.skip_wrong and c_a != images.labels[i]:
-            return None
-        successes = np.cumsum([counts[c_a] for counts in estimation], dtype=np.int64)
-        still_open = (decide(rule, sigma, successes) == OPEN).any()
-        return Task(i, PURPOSES[ESTIMATE], *estimate[len(estimation)]) if still_open else None
+    def next_tasks(candidates: list[int]) -> list[Task]:
+        selecting = [i for i in candidates if len(counted[i][0]) < len(select)]
+        tasks = {i: Task(i, PURPOSES[SELECT], *select[len(counted[i][0])]) for i in selecting}
+        guessed = {i: int(np.sum(counted[i][0], axis=0).argmax()) for i in candidates if i not in tasks}
+        wanted = [i for i, c_a in guessed.items() if not (rule.skip_wrong and c_a != images.labels[i])]
+        successes = [np.cumsum([counts[guessed[i]] for counts in counted[i][1]], dtype=np.int64) for i in wanted]
+        for i, is_open in zip(wanted, still_open(rule, sigma, successes), strict=True):
+            if is_open:
+                tasks[i] = Task(i, PURPOSES[ESTIMATE], *estimate[len(counted[i][1])])
+        return [tasks[i] for i in candidates if i in tasks]
 
     with (
         Progress(len(images), f"decisions at sigma {sigma:g}", show=progress) as bar,
@@ -222,7 +401,7 @@ def certify_sequentially(
     ):
         undecided = list(range(len(images)))
         while undecided:
-            tasks = [task for i in undecided if (task := next_task(i)) is not None]
+            tasks = next_tasks(undecided)
             bar.update(len(undecided) - len(tasks))
             undecided = [task.image for task in tasks]
             for task, counts, batch in stream.run(tasks):

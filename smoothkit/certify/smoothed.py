@@ -13,7 +13,7 @@ from smoothkit.data import Images, from_arrays
 from smoothkit.noise import Purpose, fresh_seed
 from smoothkit.records import Record
 from smoothkit.types import Certificate, StoppingRule, Votes, check_sigma
-from smoothkit.votes import Task, VoteStream, collect_votes
+from smoothkit.votes import Task, VoteStream, collect_votes, noise_form
 
 
 class Smoothed:
@@ -25,7 +25,7 @@ class Smoothed:
         f: images [B, C, H, W] on [0, 1] -> logits [B, num_classes]; see `smoothkit.models`.
     sigma : float
         Standard deviation of the noise, pixel units on [0, 1], at the image's own resolution.
-    batch, device, model_id : as in `smoothkit.votes.collect_votes`
+    batch, device, precision, compile, model_id : as in `smoothkit.votes.collect_votes`
 
     Examples
     --------
@@ -40,11 +40,14 @@ class Smoothed:
         *,
         batch: int | None = None,
         device: str | None = None,
+        precision: str = "float32",
+        compile: bool | None = None,
         model_id: str | None = None,
     ) -> None:
         check_sigma(sigma)
         self.base_classifier, self.sigma = base_classifier, sigma
-        self.batch, self.device, self.model_id = batch, device, model_id
+        self._how = dict(batch=batch, device=device, precision=precision, compile=compile)
+        self.model_id = model_id
 
     def sample(
         self,
@@ -72,9 +75,8 @@ class Smoothed:
             seed=seed,
             out=out,
             grid=grid,
-            batch=self.batch,
-            device=self.device,
             model_id=self.model_id,
+            **self._how,
             progress=progress,
         )
 
@@ -86,16 +88,29 @@ class Smoothed:
         Settings are those of `certify.sequential_rule` (n0, n_max, alpha, beta, kind, looks, skip_wrong)
         and `out`, `grid`. The record is read with `certify.certificates`.
         """
+        return self._sample_by_rule(images, settings, seed=seed, progress=progress, radii=radii)
+
+    def sample_to_radius(
+        self, images: Images | Tensor, within: float, *, seed: int = 0, progress: bool = True, **settings
+    ) -> Record:
+        """Votes until sampling on would lengthen an image's certified radius by no more than `within`.
+
+        The radius itself is the answer here, to within so much (pixel units, as sigma), where `sample_sequentially`
+        answers for radii given beforehand. Settings are those of `certify.sequential_rule` (n0, n_max, alpha, beta,
+        looks, skip_wrong) and `out`, `grid`. The record is read with `certify.certificates`.
+        """
+        return self._sample_by_rule(images, settings, seed=seed, progress=progress, within=within)
+
+    def _sample_by_rule(self, images: Images | Tensor, settings: dict, *, seed: int, progress: bool, **aim) -> Record:
         where = {name: settings.pop(name) for name in ("out", "grid") if name in settings}
         return certify_sequentially(
             self.base_classifier,
             _as_images(images),
             sigma=self.sigma,
-            rule=sequential_rule(radii, **settings),
+            rule=sequential_rule(**aim, **settings),
             seed=seed,
-            batch=self.batch,
-            device=self.device,
             model_id=self.model_id,
+            **self._how,
             progress=progress,
             **where,
         )
@@ -138,9 +153,8 @@ class Smoothed:
             images,
             sigma=self.sigma,
             seed=fresh_seed() if seed is None else seed,
-            grid=images.grid if grid == "data" else grid,
-            batch=self.batch,
-            device=self.device,
+            grid=noise_form(grid, images),
+            **self._how,
         )
         tasks = [Task(i, Purpose.PREDICT, 0, n) for i in range(len(images))]
         answers = {task.image: predict_votes(Votes(counts, n), alpha=alpha) for task, counts, _ in stream.run(tasks)}

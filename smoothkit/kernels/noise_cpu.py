@@ -13,10 +13,11 @@ two threads (its work queue); these threads live for one call and leave nothing 
 import collections
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, njit, types, uint64, void
+from numba import boolean, float32, int64, njit, types, uint16, uint64, void
 from numba.extending import intrinsic
 
 PIECE = 2**18  # values a thread takes at a time; with less than that for each, one thread is sooner done
@@ -41,7 +42,8 @@ _NEAR_ONE = np.uint32(0xB504F334)
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEP_0, _KEY_STEP_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_NO_IMAGE = np.zeros(0, dtype=np.float32)
+_NOTHING = np.zeros(0, dtype=np.float32)
+TILE = 4096  # values worked on at a time: with the image and the output they stay in the cache
 
 
 @intrinsic
@@ -110,30 +112,87 @@ def _block(block, sample, image_low, image_high, k0, k1):
     return z0, z1, z2, z3
 
 
-def _rows(out, image, scale, grid, start, image_low, image_high, k0, k1):
-    """Fill the rows of `out`: plain normals if `image` is empty, else what `noisy_copies_into` says."""
-    num_pixels = out.shape[1]
-    left = num_pixels % 4
-    for i in range(out.shape[0]):
-        sample = start + np.uint64(i)
-        for block in range(num_pixels // 4):
-            z0, z1, z2, z3 = _block(np.uint64(block), sample, image_low, image_high, k0, k1)
-            out[i, 4 * block] = z0
-            out[i, 4 * block + 1] = z1
-            out[i, 4 * block + 2] = z2
-            out[i, 4 * block + 3] = z3
-        if left:
-            z = _block(np.uint64(num_pixels // 4), sample, image_low, image_high, k0, k1)
-            for j in range(left):
-                out[i, num_pixels - left + j] = z[j]
-        if len(image) == 0:
+@njit(nogil=True, fastmath=False, error_model="numpy")
+def _normals(out, block, sample, image_low, image_high, k0, k1):
+    """Fill `out`, float32 [num_values], with the normals of one sample, from pixel block `block` on."""
+    left = len(out) % 4
+    for b in range(len(out) // 4):
+        z0, z1, z2, z3 = _block(block + np.uint64(b), sample, image_low, image_high, k0, k1)
+        out[4 * b] = z0
+        out[4 * b + 1] = z1
+        out[4 * b + 2] = z2
+        out[4 * b + 3] = z3
+    if left:
+        z = _block(block + np.uint64(len(out) // 4), sample, image_low, image_high, k0, k1)
+        for j in range(left):
+            out[len(out) - left + j] = z[j]
+
+
+@njit(forceinline=True)
+def _bfloat16_bits(value):
+    """A float32 rounded to the nearest bfloat16, ties to even; any NaN becomes torch's."""
+    bits = np.uint32(_bits_of(value))
+    odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint16(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+    return rounded if value == value else np.uint16(0x7FC0)
+
+
+def _standard_normals(out, low, high, start, image_low, image_high, k0, k1):
+    """Rows low..high-1 of `out`: plain normals."""
+    for i in range(low, high):
+        _normals(out[i], np.uint64(0), start + np.uint64(i), image_low, image_high, k0, k1)
+
+
+def _noisy_rows(
+    out, halves, images, indices, words, samples, scales, low, high, grid, mean, std, planes, last, tile, k0, k1
+):
+    """Rows low..high-1 of `out`, or of `halves` if that has columns: what `noisy_rows_into` says."""
+    plane = images.shape[1] // planes
+    width = min(plane, max(4, tile // planes // 4 * 4))
+    scratch = np.empty(width + 4, dtype=np.float32)  # a piece of one plane, near enough to stay in the L1 cache
+    for i in range(low, high):
+        if indices[i] < 0:
+            out[i, :] = _ZERO
+            halves[i, :] = np.uint16(0)
             continue
-        if grid == _ZERO:
-            for p in range(num_pixels):
-                out[i, p] = image[p] + scale * out[i, p]
-        else:
-            for p in range(num_pixels):
-                out[i, p] = (image[p] + np.rint(scale * out[i, p])) / grid
+        image, scale = images[indices[i]], scales[i]
+        image_low, image_high = words[i] & _LOW, words[i] >> _SHIFT
+        for begin in range(0, plane, width):
+            n = min(width, plane - begin)
+            # all planes of a piece in turn: interleaved, they fill the same cache lines
+            for c in range(planes):
+                first = c * plane + begin
+                extra = first % 4  # pixel blocks count from the image's first value, whatever the piece
+                _normals(scratch[: extra + n], np.uint64(first // 4), samples[i], image_low, image_high, k0, k1)
+                v, x = scratch[extra : extra + n], image[first : first + n]
+                if grid == _ZERO:
+                    for j in range(n):
+                        v[j] = x[j] + scale * v[j]
+                else:
+                    for j in range(n):
+                        v[j] = (np.rint(x[j] * grid) + np.rint(scale * v[j])) / grid
+                if len(mean):
+                    m, s = mean[c], std[c]
+                    for j in range(n):
+                        v[j] = (v[j] - m) / s
+                # slices, as an index like first + j would be checked for a negative sign, one value at a time
+                if halves.shape[1]:
+                    if last:
+                        h = halves[i, begin * planes + c :: planes]
+                        for j in range(n):
+                            h[j] = _bfloat16_bits(v[j])
+                    else:
+                        h = halves[i, first : first + n]
+                        for j in range(n):
+                            h[j] = _bfloat16_bits(v[j])
+                elif last:
+                    o = out[i, begin * planes + c :: planes]
+                    for j in range(n):
+                        o[j] = v[j]
+                else:
+                    o = out[i, first : first + n]
+                    for j in range(n):
+                        o[j] = v[j]
 
 
 def _compiled(function, signature):
@@ -145,14 +204,22 @@ def _compiled(function, signature):
         return njit(signature, **options)(function)
 
 
+_fill_normals = _compiled(
+    _standard_normals, void(float32[:, ::1], int64, int64, uint64, uint64, uint64, uint64, uint64)
+)
 _fill_rows = _compiled(
-    _rows, void(float32[:, ::1], float32[::1], float32, float32, uint64, uint64, uint64, uint64, uint64)
+    _noisy_rows,
+    void(
+        *(float32[:, ::1], uint16[:, ::1], float32[:, ::1]),
+        *(int64[::1], uint64[::1], uint64[::1], float32[::1], int64, int64),
+        *(float32, float32[::1], float32[::1], int64, boolean, int64, uint64, uint64),
+    ),
 )
 
 
-def _fill(out, image, scale, grid, seed, purpose, image_id, start, threads) -> None:
-    n, num_pixels = out.shape
-    rows = max(1, PIECE // num_pixels)
+def _in_pieces(fill: Callable[[int, int], None], n: int, num_pixels: int, threads: int) -> None:
+    """Call fill(low, high) for pieces that cover rows 0..n-1, in up to so many threads."""
+    rows = max(1, PIECE // max(1, num_pixels))
     # taken one by one: torch's own threads may still spin on the other cores, and a thread beside one is slow
     pieces = collections.deque((low, min(low + rows, n)) for low in range(0, n, rows))
 
@@ -162,8 +229,7 @@ def _fill(out, image, scale, grid, seed, purpose, image_id, start, threads) -> N
                 low, high = pieces.popleft()
             except IndexError:
                 return
-            words = start + low, image_id & 0xFFFFFFFF, image_id >> 32 | purpose << 24, seed & 0xFFFFFFFF, seed >> 32
-            _fill_rows(out[low:high], image, np.float32(scale), np.float32(grid), *map(np.uint64, words))
+            fill(low, high)
 
     threads = min(threads, len(pieces), n * num_pixels // PIECE)
     others = [threading.Thread(target=work) for _ in range(threads - 1)]
@@ -174,6 +240,10 @@ def _fill(out, image, scale, grid, seed, purpose, image_id, start, threads) -> N
         thread.join()
 
 
+def _key(seed: int) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+
+
 def standard_normal_into(
     out: np.ndarray, *, seed: int, purpose: int, image_id: int, start: int, threads: int = 1
 ) -> None:
@@ -181,7 +251,9 @@ def standard_normal_into(
 
     The arguments must fit their bits of the counter, as `smoothkit.noise.standard_normal` checks.
     """
-    _fill(out, _NO_IMAGE, 0, 0, seed, int(purpose), image_id, start, threads)
+    words = (start, image_id & 0xFFFFFFFF, image_id >> 32 | int(purpose) << 24)
+    counter = (*map(np.uint64, words), *_key(seed))
+    _in_pieces(lambda low, high: _fill_normals(out, low, high, *counter), *out.shape, threads)
 
 
 def noisy_copies_into(
@@ -200,10 +272,49 @@ def noisy_copies_into(
 
     With normals z: image + scale z if `grid` is 0, else (rint(image grid) + rint(scale z)) / grid, in float32.
     """
-    if len(image) != out.shape[1]:
-        raise ValueError(f"image must have {out.shape[1]} values, one for each column of out, got {len(image)}")
-    values = np.rint(image * np.float32(grid)) if grid else np.ascontiguousarray(image)
-    _fill(out, values, scale, grid, seed, int(purpose), image_id, start, threads)
+    n = len(out)
+    rows = np.zeros((3, n), dtype=np.uint64)
+    rows[1] = image_id | int(purpose) << 56
+    rows[2] = np.arange(start, start + n, dtype=np.uint64)
+    image = np.ascontiguousarray(image)[None]
+    noisy_rows_into(
+        out, image, rows.view(np.int64), np.full(n, scale, np.float32), seed=seed, grid=grid, threads=threads
+    )
+
+
+def noisy_rows_into(
+    out: np.ndarray,
+    images: np.ndarray,
+    rows: np.ndarray,
+    scale: np.ndarray,
+    *,
+    seed: int,
+    grid: int,
+    mean: np.ndarray | None = None,
+    std: np.ndarray | None = None,
+    planes: int = 1,
+    channels_last: bool = False,
+    threads: int = 1,
+    tile: int = TILE,
+) -> None:
+    """Fill `out` [B, num_pixels] with noisy copies of rows of `images`, float32 [M, num_pixels].
+
+    The values are those of `smoothkit.noise.noisy_rows`, which also says what `rows` int64 [3, B], `scale`,
+    `mean` and `std` float32 hold, and has checked them. `out` is float32, or uint16 for the bits of bfloat16; with
+    `channels_last` the `planes` values of a pixel lie side by side in it. About `tile` values are made at a time.
+    """
+    n, num_pixels = out.shape
+    if images.shape[1] != num_pixels:
+        raise ValueError(f"image must have {num_pixels} values, one for each column of out, got {images.shape[1]}")
+    if num_pixels % planes:
+        raise ValueError(f"planes must divide the {num_pixels} values of an image, got {planes}")
+    rows = np.ascontiguousarray(rows)
+    others = np.empty((n, 0), dtype=np.uint16 if out.dtype == np.float32 else np.float32)
+    outs = (out, others) if out.dtype == np.float32 else (others, out)
+    what = (images, rows[0], rows[1].view(np.uint64), rows[2].view(np.uint64), np.ascontiguousarray(scale))
+    norm = (_NOTHING, _NOTHING) if mean is None else (mean, std)
+    how = (np.float32(grid), *norm, planes, channels_last, tile, *_key(seed))
+    _in_pieces(lambda low, high: _fill_rows(*outs, *what, low, high, *how), n, num_pixels, threads)
 
 
 @njit(error_model="numpy")
@@ -211,3 +322,10 @@ def box_muller_into(z0, z1, radius_words, angle_words):
     """Two normals from each pair of uint32 words, for tests; compiled when called."""
     for i in range(len(z0)):
         z0[i], z1[i] = _box_muller(radius_words[i], angle_words[i])
+
+
+@njit(error_model="numpy")
+def bfloat16_bits_into(out, values):
+    """The bits of float32 values rounded to bfloat16, for tests; compiled when called."""
+    for i in range(len(values)):
+        out[i] = _bfloat16_bits(values[i])

@@ -1,5 +1,6 @@
 """The compiled noise has the bits of the NumPy reference, whatever the shape, the counter and the threads."""
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -118,6 +119,49 @@ def test_two_million_noisy_values(grid):
     settings = dict(sigma=0.25, stop=COUNTERS[3]["start"] + 1000, grid=grid, **COUNTERS[3])
     assert same_bits(
         noise.noisy_copies(image, **settings).numpy(), noise.noisy_copies_reference(image, **settings).numpy()
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tile", [8, 100, 4096])
+@pytest.mark.parametrize(("planes", "plane"), [(1, 1), (1, 67), (3, 35), (3, 1499), (7, 2), (5, 64)])
+def test_noisy_rows(planes, plane, tile, threads, monkeypatch):
+    """Any number of planes of any size, made in pieces of any size, in both types and layouts."""
+    monkeypatch.setattr(noise_cpu, "PIECE", 200)
+    n, rng = 9, np.random.default_rng(plane)
+    images = torch.from_numpy(rng.random((2, planes, plane, 1), dtype=np.float32))
+    word = noise.counter_word(Purpose.ESTIMATE, 2**55 + 3)
+    rows = torch.tensor([[i % 3 - 1, word + i, 2**33 + i] for i in range(n)]).T.contiguous()
+    scale = torch.linspace(0.1, 100, n)
+    norm = (torch.linspace(0.1, 0.5, planes), torch.linspace(0.2, 0.3, planes))
+    how = dict(planes=planes, threads=threads, tile=tile)
+    for grid, channels_last, normalise in itertools.product((0, 255), (False, True), (False, True)):
+        mean, std = norm if normalise else (None, None)
+        expected = torch.empty(n, planes, plane, 1)
+        noise.noisy_rows_reference(expected, images, rows, scale, -7, grid, mean, std)
+        expected = (expected.permute(0, 2, 3, 1) if channels_last else expected).reshape(n, -1)
+        arrays = (images.reshape(2, -1).numpy(), rows.numpy(), scale.numpy())
+        settings = dict(seed=2**64 - 7, grid=grid, channels_last=channels_last, **how)
+        settings |= dict(mean=mean.numpy(), std=std.numpy()) if normalise else {}
+        floats, halves = unwritten(n, planes * plane), np.full((n, planes * plane), 0x7FC0, dtype=np.uint16)
+        noise_cpu.noisy_rows_into(floats, *arrays, **settings)
+        noise_cpu.noisy_rows_into(halves, *arrays, **settings)
+        assert same_bits(floats, expected.numpy())
+        assert np.array_equal(halves, expected.bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+
+def test_rounding_to_bfloat16():
+    """Ties, the step to infinity, denormals and NaN: the bits are those of PyTorch."""
+    bits = np.arange(0, 2**32, 65_521, dtype=np.uint32)
+    edges = [0, 0x8000, 0x8001, 0x7FFF, 0x18000, 0x17FFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0x7F800001, 0xFF800000]
+    bits = np.concatenate([bits, np.array([*edges, *(e | 0x80000000 for e in edges)], dtype=np.uint32)])
+    values = bits.view(np.float32)
+    made = np.zeros(len(values), dtype=np.uint16)
+    noise_cpu.bfloat16_bits_into(made, values)
+    expected = torch.from_numpy(values).bfloat16()
+    assert np.array_equal(made == 0x7FC0, np.isnan(values))
+    assert np.array_equal(
+        made[~np.isnan(values)], expected.view(torch.int16).numpy().view(np.uint16)[~np.isnan(values)]
     )
 
 

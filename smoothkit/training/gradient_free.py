@@ -1,0 +1,340 @@
+"""Training from predictions alone: simultaneous perturbation with gradient correction (SPSA-GC).
+
+Two evaluations of the loss at opposite random displacements estimate all slopes at once; a look-ahead momentum steadies
+them. Both evaluations must see the same images and the same noise.
+
+References
+----------
+Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", IEEE TAC 1992;
+the correction: Oh et al., "BlackVIP", CVPR 2023, Section 4.2. arXiv:2303.14773.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import smoothkit.training.common as common
+from smoothkit.adapters.base import device_of, set_train_mode, trainable
+from smoothkit.adapters.black_box import BlackBoxError, Coordinator
+from smoothkit.data import Images
+from smoothkit.progress import say
+from smoothkit.training.schedules import Schedule, draw_noise, generator_for, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class SPSA:
+    """The settings of SPSA-GC; the defaults are those of BlackVIP's code.
+
+    Step i = 1, 2, ... has rate a / (i + o)^alpha and displacement c / i^gamma; `repeats` estimates are averaged, and
+    `beta` is the momentum. A step costs 2 * repeats evaluations of the loss.
+    """
+
+    a: float = 0.01
+    c: float = 0.01
+    o: float = 1.0
+    alpha: float = 0.4
+    gamma: float = 0.1
+    beta: float = 0.9
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if not (self.a > 0 and self.c > 0):
+            raise ValueError(f"a and c must be above 0, got {self.a} and {self.c}")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
+        if self.o < 0 or self.alpha < 0 or self.gamma < 0:
+            raise ValueError(f"o, alpha and gamma must be at least 0, got {self.o}, {self.alpha} and {self.gamma}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    def rate(self, i: int) -> float:
+        return self.a / (i + self.o) ** self.alpha
+
+    def displacement(self, i: int) -> float:
+        return self.c / i**self.gamma
+
+
+def slopes(
+    loss: Callable[[Tensor], float], w: Tensor, *, displacement: float, repeats: int, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """The simultaneous-perturbation estimate of the gradient at w [d], and the mean loss of the evaluations.
+
+    Each entry of a direction is +-u with u uniform on [0.5, 1]: its inverse moments are finite, which a normal's are not.
+    """
+    total, seen = torch.zeros_like(w), 0.0
+    for _ in range(repeats):
+        sign = torch.randint(2, w.shape, generator=generator, device=w.device) * 2 - 1
+        direction = sign * (0.5 + 0.5 * torch.rand(w.shape, generator=generator, device=w.device))
+        above, below = loss(w + displacement * direction), loss(w - displacement * direction)
+        total += (above - below) / (2 * displacement * direction)
+        seen += (above + below) / 2
+    return total / repeats, seen / repeats
+
+
+def spsa_step(w: Tensor, momentum: Tensor | None, slope: Tensor, *, rate: float, beta: float) -> tuple[Tensor, Tensor]:
+    """(w, m) after one step: m <- beta m + g (g at first), w <- w - rate (g + beta m)."""
+    momentum = slope if momentum is None else beta * momentum + slope
+    return w - rate * (slope + beta * momentum), momentum
+
+
+def minimise(
+    loss: Callable[[Tensor], float], w: Tensor, *, steps: int, spsa: SPSA | None = None, seed: int = 0
+) -> Tensor:
+    """Descend on any function of a vector; `fit_gradient_free` is this on a coordinator's weights."""
+    spsa, momentum = spsa or SPSA(), None
+    for i in range(1, steps + 1):
+        generator = generator_for(seed, "spsa", i, w.device)
+        slope, _ = slopes(loss, w, displacement=spsa.displacement(i), repeats=spsa.repeats, generator=generator)
+        w, momentum = spsa_step(w, momentum, slope, rate=spsa.rate(i), beta=spsa.beta)
+    return w
+
+
+def fit_gradient_free(
+    coordinator: Coordinator,
+    images: Images,
+    *,
+    schedule: Schedule | float | str = 0.25,
+    steps: int = 500,
+    batch: int = 128,
+    spsa: SPSA | None = None,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    validation: float | Images | None = None,
+    report_every: int = 25,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_report: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> common.Fitted:
+    """Train a coordinator's decoder from the black box's answers, in place.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+    images : Images
+        Labelled training images; a test split is refused.
+    schedule, augment, seed
+        As in `fit`.
+    steps, batch : int
+        Each step asks the box about 2 * spsa.repeats * batch images.
+    validation : float, Images or None
+        As in `fit`; asked about at every report, which costs queries too.
+    report_every : int
+        Steps a row of the history, and a checkpoint where `out` is given.
+    out, resume
+        Folder for checkpoints; go on from there. The query counter goes on as well.
+    on_report : callable, optional
+        Called with the rows so far.
+
+    Returns
+    -------
+    Fitted
+        With one row a report: step, loss and accuracy on the noisy training images (at displaced weights),
+        queries (images asked so far), seconds, and validation_loss and validation_accuracy.
+
+    Raises
+    ------
+    BlackBoxError
+        If the box raises or answers with something else than it was said to; weights are those of the last whole step, and a
+        checkpoint is written first where `out` is given.
+    TrainingDiverged
+        For a NaN or infinite loss.
+    """
+    if not isinstance(coordinator, Coordinator):
+        raise ValueError(
+            f"coordinator must be a Coordinator, got {type(coordinator).__name__}; see adapters.coordinator"
+        )
+    if steps < 1 or batch < 1 or report_every < 1:
+        raise ValueError(f"steps, batch and report_every must be at least 1, got {steps}, {batch} and {report_every}")
+    run = _Run(coordinator, images, parse(schedule), steps, batch, spsa or SPSA(), augment, validation, seed, out)
+    run.start(resume)
+    name = f"training {coordinator.name}"
+    with common.TrainingProgress(steps * run.batch, name, show=progress) as bar, common.Interrupt() as interrupt:
+        bar.update(run.step * run.batch)
+        try:
+            while run.step < steps and not interrupt.asked:
+                run.train_step()
+                bar.note(run.summary())
+                bar.update(run.batch)
+                if run.step % report_every == 0 or run.step == steps:
+                    run.report()
+                    interrupt.call(on_report, run.rows)
+        except BlackBoxError:
+            run.save()
+            raise
+        finally:
+            run.close()
+    if interrupt.asked:
+        run.save()
+        say(f"interrupted after step {run.step} of {steps}, {coordinator.queries:,} queries")
+    return common.Fitted(
+        coordinator.eval(), run.rows, trainable(coordinator), run.step, run.seconds, interrupt.asked, run.out
+    )
+
+
+class _Run:
+    """The state of one gradient-free training."""
+
+    def __init__(self, model, images, schedule, steps, batch, spsa, augment, validation, seed, out) -> None:
+        self.model, self.schedule, self.spsa, self.augment, self.seed = model, schedule, spsa, augment, seed
+        self.out = None if out is None else Path(out)
+        self.device, self.grid, self.steps = (
+            device_of(model),
+            images.grid if isinstance(images, Images) else None,
+            steps,
+        )
+        self.train_indices, (self.validated, self.validation_indices) = common.split_images(images, validation, seed)
+        self.batch = min(batch, len(self.train_indices))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.momentum: Tensor | None = None
+        self.step, self.rows, self.seconds, self.sums = 0, [], 0.0, [0, 0.0, 0.0]
+        self.images = images
+        by_share = isinstance(validation, float | int) or validation is None
+        self.identity = json.loads(json.dumps({
+            "steps": steps, "batch": self.batch, "spsa": repr(spsa), "schedule": common.describe(schedule), "seed": seed,
+            "augment": common.describe(augment), "images": f"{images.name} ({common.ids_digest(images)})",
+            "validation": validation if by_share else f"{validation.name} ({common.ids_digest(validation)})",
+            "coordinator": [model.base_fingerprint, model.settings],
+        }))  # fmt: skip
+
+    def start(self, resume: bool) -> None:
+        found = None if self.out is None else common.find_checkpoint(self.out)
+        if found is not None and not resume:
+            raise ValueError(f"{self.out} holds a checkpoint of an earlier run; give resume=True or another folder")
+        if found is not None:
+            self._restore(found)
+        self.pixels = common.Pixels(self.images, self.device)
+        shared = self.validated is self.images
+        fresh = None if self.validated is None or shared else common.Pixels(self.validated, self.device)
+        self.validation_pixels = self.pixels if shared else fresh
+
+    def close(self) -> None:
+        self.pixels.close()
+        if self.validation_pixels is not None:
+            self.validation_pixels.close()
+
+    # --- a step
+
+    @torch.no_grad()
+    def train_step(self) -> None:
+        began, i = time.perf_counter(), self.step + 1
+        noisy, labels = self._noisy_batch(i)
+        start = parameters_to_vector(self.parameters)
+        right: list[float] = []
+        network, z = self.model.network, self.model.network.encoded(noisy)
+
+        def loss(w: Tensor) -> float:
+            vector_to_parameters(w, self.parameters)
+            logits = network.box(network.prompted(noisy, z)).float()
+            value = float(F.cross_entropy(logits, labels))
+            if not math.isfinite(value):
+                raise common.TrainingDiverged(
+                    f"the loss is {value} at step {i}, after {self.model.queries:,} queries; the weights are those before "
+                    f"that step. A smaller a or c may help"
+                )
+            right.append(float((logits.argmax(1) == labels).float().mean()))
+            return value
+
+        set_train_mode(self.model)
+        generator = generator_for(self.seed, "spsa", i, self.device)
+        try:
+            with statistics_held(self.model):
+                slope, seen = slopes(
+                    loss, start, displacement=self.spsa.displacement(i), repeats=self.spsa.repeats, generator=generator
+                )
+        except BaseException:  # whatever happened, the weights are no half of a step
+            vector_to_parameters(start, self.parameters)
+            raise
+        w, self.momentum = spsa_step(start, self.momentum, slope, rate=self.spsa.rate(i), beta=self.spsa.beta)
+        vector_to_parameters(w, self.parameters)
+        network.prompted(noisy, z)  # BatchNorm's statistics move once a step, at the new weights; no query
+        self.sums = [self.sums[0] + 1, self.sums[1] + seen, self.sums[2] + float(np.mean(right))]
+        self.step += 1
+        self.seconds += time.perf_counter() - began
+
+    def _noisy_batch(self, i: int) -> tuple[Tensor, Tensor]:
+        generator = generator_for(self.seed, "noise", i, self.device)
+        which = torch.randperm(len(self.train_indices), generator=generator_for(self.seed, "order", i))[: self.batch]
+        pixels, labels = self.pixels.batch(self.train_indices[which.numpy()], None)
+        if self.augment is not None:
+            pixels = self.augment(pixels, generator)
+        sigma = self.schedule(len(pixels), progress=(i - 1) / self.steps, generator=generator).to(self.device)
+        return pixels + draw_noise(pixels, sigma, grid=self.grid, generator=generator)[0], labels
+
+    def summary(self) -> str:
+        n = max(1, self.sums[0])
+        return f"loss {self.sums[1] / n:.3f}, accuracy {self.sums[2] / n:.1%}, {self.model.queries:,} queries"
+
+    # --- a report
+
+    def report(self) -> None:
+        n, loss, accuracy = self.sums
+        row = {"step": self.step, "loss": loss / max(1, n), "accuracy": accuracy / max(1, n)} | self._validate()
+        self.rows = [*self.rows, {**row, "queries": self.model.queries, "seconds": self.seconds}]
+        self.sums = [0, 0.0, 0.0]
+        self.save()
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        if self.validation_pixels is None:
+            return {}
+        indices, loss, right = self.validation_indices, 0.0, 0
+        set_train_mode(self.model, False)
+        for low in range(0, len(indices), self.batch):
+            pixels, labels = self.validation_pixels.batch(indices[low : low + self.batch], None)
+            generator = generator_for(self.seed, "validation", low, self.device)
+            sigma = self.schedule(len(pixels), progress=1.0, generator=generator).to(self.device)
+            logits = self.model(pixels + draw_noise(pixels, sigma, grid=self.grid, generator=generator)[0]).float()
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(1) == labels).sum())
+        return {"validation_loss": loss / len(indices), "validation_accuracy": right / len(indices)}
+
+    # --- checkpoints
+
+    def save(self) -> None:
+        if self.out is None:
+            return
+        state = {
+            "step": self.step, "seconds": self.seconds, "rows": self.rows, "sums": self.sums, "identity": self.identity,
+            "queries": [self.model.box.calls, self.model.box.images],
+        }  # fmt: skip
+        tensors = {"weights": common.moving_tensors(self.model)}
+        common.write_checkpoint(self.out, tensors, {} if self.momentum is None else {"momentum": self.momentum}, state)
+
+    def _restore(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        common.check_identity(state["identity"], self.identity, self.out)
+        common.fill(common.moving_tensors(self.model), load_file(folder / "weights.safetensors"), folder)
+        saved = torch.load(folder / "optimiser.pt", weights_only=True, map_location=self.device)
+        self.momentum = saved.get("momentum")
+        self.step, self.rows, self.seconds, self.sums = state["step"], state["rows"], state["seconds"], state["sums"]
+        self.model.box.calls, self.model.box.images = state["queries"]
+
+
+@contextlib.contextmanager
+def statistics_held(model: nn.Module) -> Iterator[None]:
+    """BatchNorm uses the batch but does not move its running statistics, as at displaced weights it must not."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [m.momentum for m in layers]
+    buffers = [m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None for m in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum, seen in zip(layers, momenta, buffers, strict=True):
+            layer.momentum = momentum
+            if seen is not None:
+                layer.num_batches_tracked.copy_(seen)
