@@ -96,8 +96,8 @@ class DDN:
 
     The norm shrinks by the factor 1 - gamma while the image is misclassified and grows by 1 + gamma while not; the
     step follows a cosine from 1 to 0.01. The nearest misclassified image is returned, pulled into the ball of radius
-    `epsilon`. Where none was found the last one is, which in the released code is the clean image; training
-    wants an attack there most. `levels` rounds to that many pixel values in every step (None: no rounding).
+    `epsilon`. Where none was found the last one is: training wants an attack there most. `levels` rounds to that many
+    pixel values in every step (None: no rounding).
 
     References
     ----------

@@ -85,9 +85,7 @@ def _add_votes_by_numpy(counts: Tensor, logits: Tensor, slots: Tensor) -> None:
     invalid = logits.gather(1, winners[:, None])[:, 0].isnan().numpy()
     slots = slots.numpy()
     if slots.min() < -1 or slots.max() >= len(counts):
-        raise ValueError(
-            f"slots must be -1 or rows of the {len(counts)} of counts, got {slots.min()} to {slots.max()}"
-        )
+        raise ValueError(f"slots must be -1 or rows of the {len(counts)} of counts, got {slots.min()} to {slots.max()}")
     voting = (slots >= 0) & ~invalid
     cells = slots[voting] * counts.shape[1] + winners.numpy()[voting]
     np.add.at(counts.numpy().reshape(-1), cells, 1)

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -150,8 +151,7 @@ class Forward:
         compiled = torch.compile(self._plain, dynamic=False)
         begin = time.perf_counter()
         try:
-            with warnings.catch_warnings(), self.running():
-                warnings.simplefilter("ignore")  # about the compiler's own affairs
+            with _quietly(), self.running():
                 logits = compiled(rows)
         except torch.OutOfMemoryError:
             raise
@@ -241,6 +241,20 @@ def evaluating(base_classifier: object) -> Iterator[None]:
     finally:
         for m in were_training:
             m.training = True
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the compiler's remarks about itself and about GPUs that are not there."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _is_convolutional(base_classifier: Callable) -> bool:

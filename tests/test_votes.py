@@ -17,6 +17,7 @@ from torch import nn
 from smoothkit import Smoothed, data, models, votes
 from smoothkit.counting import count_votes_reference
 from smoothkit.noise import Purpose, noisy_copies
+from smoothkit.noise_exact import exact_noisy_copies
 from smoothkit.records import RecordError, open_record
 from smoothkit.types import StoppingRule
 from smoothkit.votes import Task, VoteStream, collect_votes
@@ -176,6 +177,62 @@ def test_nan_rows_vote_for_nobody_and_count(digits):
     row = record.votes().iloc[0]
     share = row["counts_estimation"].sum() / 1_000  # P(N(0, 0.25²) <= 0.2) = 0.788
     assert row["n"] == 1_000 and abs(share - 0.788) < 4 * np.sqrt(0.788 * 0.212 / 1_000)
+
+
+def test_exact_grid_noise(starter, digits):
+    """Its votes are those of its copies, also where the normalisation is folded in; the record names it."""
+    images = digits.take("first:2")
+    record = Smoothed(starter, 0.25).sample(images, n0=10, n=130, alpha=0.01, grid="exact", progress=False)
+    assert record.identity.noise == "exact-grid:256"
+    for i, counts in enumerate(record.votes()["counts_estimation"]):
+        known = dict(sigma=0.25, seed=0, purpose=Purpose.ESTIMATE, image_id=images.ids[i], grid=256)
+        copies, failed = exact_noisy_copies(images[i], start=0, stop=130, **known)
+        padded = torch.cat([copies, torch.zeros(70, 1, 8, 8)])
+        with torch.inference_mode():
+            logits = torch.cat([starter(padded[:100]), starter(padded[100:])])[:130]
+        assert not failed.any() and counts.tolist() == count_votes_reference(logits).tolist()
+
+
+def test_a_copy_that_failed_votes_for_nobody_whatever_the_classifier_says(digits, monkeypatch):
+    def every_third_fails(image, *, start, stop, **_):
+        failed = torch.arange(start, stop) % 3 == 0
+        copies = image.expand(stop - start, -1, -1, -1).clone()
+        copies[failed] = float("nan")
+        return copies, failed
+
+    monkeypatch.setattr(votes, "exact_noisy_copies", every_third_fails)
+    smoothed = Smoothed(lambda x: x.flatten(1)[:, :10].nan_to_num(), 0.25)
+    record = smoothed.sample(digits.take("first:2"), n0=9, n=300, alpha=0.01, grid="exact", progress=False)
+    assert [c.sum() for c in record.votes()["counts_estimation"]] == [200, 200]
+    assert [c.sum() for c in record.votes()["counts_selection"]] == [6, 6]
+
+
+def test_exact_noise_needs_a_grid(digits):
+    images = data.from_arrays(digits.batch(0, 1) * 0.777, grid=None)
+    with pytest.raises(ValueError, match="grid='exact' needs data that declares a grid"):
+        Smoothed(lambda x: x.flatten(1)[:, :10], 0.25).sample(images, n=100, grid="exact")
+
+
+def test_a_sigma_for_each_image(starter, digits):
+    images, sigmas = digits.take("first:3"), [0.1, 0.5, 0.25]
+    tasks = [Task(i, Purpose.ESTIMATE, 0, 150) for i in range(3)]
+    together = [counts.tolist() for _, counts, _ in stream(starter, images, sigma=sigmas).run(tasks)]
+    for i, sigma in enumerate(sigmas):
+        (alone,) = stream(starter, images, sigma=sigma).run([tasks[i]])
+        assert alone[1].tolist() == together[i]
+    with pytest.raises(ValueError, match="sigma must be a finite number above 0"):
+        stream(starter, images, sigma=[0.1, 0.0, 0.1])
+
+
+def test_long_runs_load_the_kernels_and_count_the_same(starter, digits, monkeypatch):
+    from smoothkit import noise
+
+    monkeypatch.setattr(noise, "KERNEL_PIXELS", noise.KERNEL_PIXELS)
+    settings = dict(n0=10, n=130, alpha=0.01, progress=False)
+    plain = counts_of(Smoothed(starter, 0.25).sample(digits.take("first:2"), **settings))
+    monkeypatch.setattr(votes, "KERNELS_AFTER", 0.0)
+    assert counts_of(Smoothed(starter, 0.25).sample(digits.take("first:2"), **settings)) == plain
+    assert noise.KERNEL_PIXELS == 1 and noise.road(64) == "numba"
 
 
 def test_running_out_of_memory_halves_the_batch_and_changes_nothing(digits):

@@ -24,6 +24,7 @@ from smoothkit.adapters.certifying import Features
 from smoothkit.models import BaseClassifier, identify
 
 KIND = "coordinator"
+SEES = ("features", "pixels", "both")
 
 
 class BlackBoxError(RuntimeError):
@@ -164,6 +165,19 @@ def _common_groups(a: int, b: int) -> int:
     return next(g for g in range(min(a, b), 0, -1) if a % g == 0 and b % g == 0)
 
 
+class Code(nn.Module):
+    """What the decoder gets to know of an image: the encoder's features, the image shrunk to at most 8x8, or both."""
+
+    def __init__(self, encoder: nn.Module, sees: str) -> None:
+        super().__init__()
+        self.encoder, self.sees = encoder, sees
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = (min(8, side) for side in images.shape[-2:])
+        shrunk = nn.functional.adaptive_avg_pool2d(images, (height, width)).flatten(1)
+        return shrunk if self.sees == "pixels" else torch.cat([self.encoder(images), shrunk], dim=1)
+
+
 class CoordinatorNetwork(nn.Module):
     """box(clip(x + strength * decoder(encoder(x)))); the box is no submodule, its weights are not ours."""
 
@@ -177,10 +191,13 @@ class CoordinatorNetwork(nn.Module):
         with torch.no_grad():
             return self.encoder(images)
 
+    def changed(self, images: Tensor, z: Tensor | None = None) -> Tensor:
+        """Images plus the decoder's, not yet clipped: where this is differentiable, all that is ours ends."""
+        return images + self.strength * self.decoder(self.encoded(images) if z is None else z)
+
     def prompted(self, images: Tensor, z: Tensor | None = None) -> Tensor:
         """What the black box gets to see."""
-        z = self.encoded(images) if z is None else z
-        return (images + self.strength * self.decoder(z)).clamp(0, 1)
+        return self.changed(images, z).clamp(0, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.box(self.prompted(images))
@@ -207,6 +224,7 @@ def coordinator(
     encoder: BaseClassifier | nn.Module,
     *,
     image_shape: tuple[int, int, int],
+    sees: str = "features",
     strength: float = 0.5,
     cube: int = 32,
     widths: tuple[int, ...] | None = None,
@@ -225,6 +243,9 @@ def coordinator(
         Frozen. Of a BaseClassifier the features before its head are taken; a module must give [B, dim].
     image_shape : (C, H, W)
         H and W even.
+    sees : `features`, `pixels` or `both`
+        What the decoder makes its image from: the encoder's features, as in BlackVIP; the image itself, shrunk to at most
+        8x8, where features made for clean images say little of noisy ones; or both.
     strength : float
         In front of the decoder's image; BlackVIP takes 0.2 to 1.
     cube : int
@@ -243,16 +264,24 @@ def coordinator(
         box = BlackBox(box, returns=returns, model_id=model_id)
     if not strength > 0:
         raise ValueError(f"strength must be above 0, got {strength}")
+    if sees not in SEES:
+        raise ValueError(f"sees must be one of {', '.join(SEES)}, got {sees!r}")
     base = encoder if isinstance(encoder, BaseClassifier) else BaseClassifier(encoder)
     frozen = Features(encoder) if isinstance(encoder, BaseClassifier) else common.frozen_copy(base).network.eval()
     identity = f"{common.base_identity(base, 'trained' if isinstance(encoder, BaseClassifier) else 'frozen')}:{box.fingerprint}"
+    blank = torch.zeros(2, *image_shape, device=common.device_of(base))
     with torch.no_grad():
-        z = frozen(torch.zeros(2, *image_shape, device=common.device_of(base)))
-    if z.ndim != 2:
-        raise ValueError(f"the encoder must give vectors [B, dim], got shape {tuple(z.shape)}")
+        z = frozen(blank)
+        if z.ndim != 2:
+            raise ValueError(f"the encoder must give vectors [B, dim], got shape {tuple(z.shape)}")
+        if sees != "features":
+            frozen = Code(frozen, sees)
+            z = frozen(blank)
     with common.seeded(seed):
         decoder = Decoder(z.shape[1], tuple(image_shape), cube=cube, widths=widths)
-    settings = dict(image_shape=list(image_shape), strength=strength, cube=cube, widths=widths and list(widths))
+    settings = dict(
+        image_shape=list(image_shape), sees=sees, strength=strength, cube=cube, widths=widths and list(widths)
+    )
     made = Coordinator(
         CoordinatorNetwork(box, frozen, decoder, strength), base, kind=KIND, settings=settings,
         own=("network.decoder.",), base_fingerprint=identity, class_names=class_names, raw=True,

@@ -72,7 +72,8 @@ CASES = {
     "resnet50": Case(lambda: _random("resnet50"), LARGE, 1_000),
     "vit-b-16": Case(lambda: _random("vit_base_patch16_224"), LARGE, 1_000),
 }  # fmt: skip
-AT_32 = ("resnet20", "digits-vit", "vit-tiny-32")  # 32 pixels a side at most: what a CPU can do
+HEADLINE = "resnet20"
+AT_32 = (HEADLINE, "digits-vit", "vit-tiny-32")  # 32 pixels a side at most: what a CPU can do
 
 
 def images_for(case: Case, number: int = 1) -> data.Images:
@@ -234,7 +235,7 @@ def overhead(
     rounds, seconds = rounds or (7 if quick else 15), seconds or (0.4 if quick else 1.5)
     until = until or (time.perf_counter() + 28 if quick else None)
     compiled, left_out = _whether_to_compile(device, compiled)
-    precisions = precisions or ("float32", *_short_precisions(quick, device, left_out))
+    precisions = precisions or ("float32", *_short_precisions(device, left_out))
     rows = []
     with torch_threads(1):
         for precision in precisions:
@@ -260,15 +261,15 @@ def overhead(
     )
 
 
-SLOW_BFLOAT16 = "bfloat16 is left out of --quick: this processor has no instructions for it, and is slower with it"
+SLOW_BFLOAT16 = "bfloat16 is left out: this processor has no instructions for it, and is many times slower with it"
 
 
-def _short_precisions(quick: bool, device: str, left_out: list[str]) -> tuple[str, ...]:
-    """Precisions beside float32, the same on both sides of a ratio."""
-    if quick and not has_bfloat16(device):
-        left_out.append(SLOW_BFLOAT16)
-        return ()
-    return ("bfloat16",)
+def _short_precisions(device: str, left_out: list[str]) -> tuple[str, ...]:
+    """Precisions beside float32 that are worth measuring here."""
+    if has_bfloat16(device):
+        return ("bfloat16",)
+    left_out += [SLOW_BFLOAT16] if SLOW_BFLOAT16 not in left_out else []
+    return ()
 
 
 def _networks(quick: bool, device: str, for_quick: Sequence[str]) -> Sequence[str]:
@@ -325,7 +326,7 @@ def loop(
     until : `time.perf_counter()` after which no further network or round is begun
     compiled : False keeps to the network as it is
     """
-    names = names or _networks(quick, device, ("resnet20",))
+    names = names or _networks(quick, device, (HEADLINE,))
     rounds, seconds = rounds or (3 if quick else 5), seconds or (0.5 if quick else 2.5)
     until = until or (time.perf_counter() + 34 if quick else None)
     least = least or (500 if quick else 1_100)  # n0 and a full batch of the plain loop's
@@ -366,7 +367,9 @@ def _engines(name: str, device: str, compiled: bool, quick: bool, left_out: list
     if compiled and not quick:
         engines["float32, not compiled"] = prepared(name, "float32", device, False)
     also_compiled = compiled and COLD_CACHE not in left_out
-    for precision in (*_short_precisions(quick, device, left_out), *(("tf32",) if device == "cuda" else ())):
+    # the headline's network in any case: a ratio below one is an answer too
+    short = ("bfloat16",) if name == HEADLINE and not quick else _short_precisions(device, left_out)
+    for precision in (*short, *(("tf32",) if device == "cuda" else ())):
         engines[precision] = prepared(name, precision, device, also_compiled)
     return engines
 

@@ -1,18 +1,25 @@
-"""Training from predictions alone: simultaneous perturbation with gradient correction (SPSA-GC).
+"""Training from predictions alone, by simultaneous perturbation (SPSA).
 
-Two evaluations of the loss at opposite random displacements estimate all slopes at once; a look-ahead momentum steadies
-them. Both evaluations must see the same images and the same noise.
+Two evaluations of the loss at opposite random displacements estimate all slopes at once. Both must see the same
+images and the same noise. What is displaced makes the difference:
+
+    weights   the decoder's weights, one direction for the batch, and a look-ahead momentum (SPSA-GC, as BlackVIP)
+    images    what the box is shown, a direction for each image; the decoder is ours, so the chain rule does the rest
+
+An estimate from k directions in d dimensions has a cosine of about sqrt(k / d) with the gradient. For 2 * 128 queries the
+first has one direction in thousands of weights, the second 128 directions in 64 pixels each.
 
 References
 ----------
 Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", IEEE TAC 1992;
-the correction: Oh et al., "BlackVIP", CVPR 2023, Section 4.2. arXiv:2303.14773.
+weights: Oh et al., "BlackVIP", CVPR 2023, Section 4.2, arXiv:2303.14773; images: the idea, there on the code of an
+autoencoder, of Zhang et al., "How to Robustify Black-Box ML Models? A Zeroth-Order Optimization Perspective", ICLR 2022,
+arXiv:2203.14195.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,10 +42,11 @@ from smoothkit.training.schedules import Schedule, draw_noise, generator_for, pa
 
 @dataclasses.dataclass(frozen=True)
 class SPSA:
-    """The settings of SPSA-GC; the defaults are those of BlackVIP's code.
+    """The settings of simultaneous perturbation; the defaults are those of BlackVIP's code.
 
     Step i = 1, 2, ... has rate a / (i + o)^alpha and displacement c / i^gamma; `repeats` estimates are averaged, and
-    `beta` is the momentum. A step costs 2 * repeats evaluations of the loss.
+    `beta` is the momentum. A step costs 2 * repeats evaluations of the loss. `per` says what is displaced, `weights`
+    or `images`; for images c is in pixel units, and the step is Adam's with first decay `beta`.
     """
 
     a: float = 0.01
@@ -48,8 +56,11 @@ class SPSA:
     gamma: float = 0.1
     beta: float = 0.9
     repeats: int = 5
+    per: str = "weights"
 
     def __post_init__(self) -> None:
+        if self.per not in {"weights", "images"}:
+            raise ValueError(f"per must be weights or images, got {self.per!r}")
         if not (self.a > 0 and self.c > 0):
             raise ValueError(f"a and c must be above 0, got {self.a} and {self.c}")
         if not 0 <= self.beta < 1:
@@ -75,12 +86,37 @@ def slopes(
     """
     total, seen = torch.zeros_like(w), 0.0
     for _ in range(repeats):
-        sign = torch.randint(2, w.shape, generator=generator, device=w.device) * 2 - 1
-        direction = sign * (0.5 + 0.5 * torch.rand(w.shape, generator=generator, device=w.device))
+        direction = _direction(w, generator)
         above, below = loss(w + displacement * direction), loss(w - displacement * direction)
         total += (above - below) / (2 * displacement * direction)
         seen += (above + below) / 2
     return total / repeats, seen / repeats
+
+
+def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
+    sign = torch.randint(2, like.shape, generator=generator, device=like.device) * 2 - 1
+    return sign * (0.5 + 0.5 * torch.rand(like.shape, generator=generator, device=like.device))
+
+
+def image_slopes(
+    losses: Callable[[Tensor], Tensor],
+    shown: Tensor,
+    *,
+    displacement: float,
+    repeats: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The estimate [B, C, H, W] of each image's gradient of its own loss, where the box sees `shown` clipped to [0, 1].
+
+    `losses` gives one number an image, [B]. A pixel that clipping holds where it is on both sides has slope 0.
+    """
+    total = torch.zeros_like(shown)
+    for _ in range(repeats):
+        direction = displacement * _direction(shown, generator)
+        above, below = (shown + direction).clamp(0, 1), (shown - direction).clamp(0, 1)
+        rise = (losses(above) - losses(below)).reshape(-1, 1, 1, 1)
+        total += torch.where(above == below, 0.0, rise / (2 * direction))
+    return total / repeats
 
 
 def spsa_step(w: Tensor, momentum: Tensor | None, slope: Tensor, *, rate: float, beta: float) -> tuple[Tensor, Tensor]:
@@ -129,6 +165,8 @@ def fit_gradient_free(
         As in `fit`.
     steps, batch : int
         Each step asks the box about 2 * spsa.repeats * batch images.
+    spsa : SPSA, optional
+        What is displaced, how far, and the rates.
     validation : float, Images or None
         As in `fit`; asked about at every report, which costs queries too.
     report_every : int
@@ -141,7 +179,7 @@ def fit_gradient_free(
     Returns
     -------
     Fitted
-        With one row a report: step, loss and accuracy on the noisy training images (at displaced weights),
+        With one row a report: step, loss and accuracy on the noisy training images (as displaced),
         queries (images asked so far), seconds, and validation_loss and validation_accuracy.
 
     Raises
@@ -198,7 +236,8 @@ class _Run:
         self.train_indices, (self.validated, self.validation_indices) = common.split_images(images, validation, seed)
         self.batch = min(batch, len(self.train_indices))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.momentum: Tensor | None = None
+        self.momentum: Tensor | None = None  # weights displaced
+        self.adam = torch.optim.Adam(self.parameters, betas=(self.spsa.beta, 0.999))  # images displaced
         self.step, self.rows, self.seconds, self.sums = 0, [], 0.0, [0, 0.0, 0.0]
         self.images = images
         by_share = isinstance(validation, float | int) or validation is None
@@ -231,24 +270,24 @@ class _Run:
     def train_step(self) -> None:
         began, i = time.perf_counter(), self.step + 1
         noisy, labels = self._noisy_batch(i)
-        start = parameters_to_vector(self.parameters)
-        right: list[float] = []
-        network, z = self.model.network, self.model.network.encoded(noisy)
+        z = self.model.network.encoded(noisy)
+        set_train_mode(self.model)
+        generator = generator_for(self.seed, "spsa", i, self.device)
+        step = self._displace_weights if self.spsa.per == "weights" else self._displace_images
+        seen, right = step(i, noisy, z, labels, generator)
+        self.sums = [self.sums[0] + 1, self.sums[1] + seen, self.sums[2] + right]
+        self.step += 1
+        self.seconds += time.perf_counter() - began
+
+    def _displace_weights(self, i: int, noisy: Tensor, z: Tensor, labels: Tensor, generator) -> tuple[float, float]:
+        network, start, right = self.model.network, parameters_to_vector(self.parameters), []
 
         def loss(w: Tensor) -> float:
             vector_to_parameters(w, self.parameters)
-            logits = network.box(network.prompted(noisy, z)).float()
-            value = float(F.cross_entropy(logits, labels))
-            if not math.isfinite(value):
-                raise common.TrainingDiverged(
-                    f"the loss is {value} at step {i}, after {self.model.queries:,} queries; the weights are those before "
-                    f"that step. A smaller a or c may help"
-                )
-            right.append(float((logits.argmax(1) == labels).float().mean()))
-            return value
+            each, share = self._ask(i, network.prompted(noisy, z), labels)
+            right.append(share)
+            return float(each.mean())
 
-        set_train_mode(self.model)
-        generator = generator_for(self.seed, "spsa", i, self.device)
         try:
             with statistics_held(self.model):
                 slope, seen = slopes(
@@ -260,9 +299,43 @@ class _Run:
         w, self.momentum = spsa_step(start, self.momentum, slope, rate=self.spsa.rate(i), beta=self.spsa.beta)
         vector_to_parameters(w, self.parameters)
         network.prompted(noisy, z)  # BatchNorm's statistics move once a step, at the new weights; no query
-        self.sums = [self.sums[0] + 1, self.sums[1] + seen, self.sums[2] + float(np.mean(right))]
-        self.step += 1
-        self.seconds += time.perf_counter() - began
+        return seen, float(np.mean(right))
+
+    def _displace_images(self, i: int, noisy: Tensor, z: Tensor, labels: Tensor, generator) -> tuple[float, float]:
+        seen: list[tuple[float, float]] = []
+
+        def losses(images: Tensor) -> Tensor:
+            each, share = self._ask(i, images, labels)
+            seen.append((float(each.mean()), share))
+            return each
+
+        with torch.enable_grad(), statistics_held(self.model):
+            shown = self.model.network.changed(noisy, z)
+        slope = image_slopes(
+            losses,
+            shown.detach(),
+            displacement=self.spsa.displacement(i),
+            repeats=self.spsa.repeats,
+            generator=generator,
+        )
+        self.adam.zero_grad()
+        shown.backward(slope / len(slope))
+        self.adam.param_groups[0]["lr"] = self.spsa.rate(i)
+        self.adam.step()
+        self.model.network.changed(noisy, z)  # as above
+        loss, right = np.mean(seen, axis=0)
+        return float(loss), float(right)
+
+    def _ask(self, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """The box's loss on each image [B], and its accuracy."""
+        logits = self.model.network.box(images).float()
+        each = F.cross_entropy(logits, labels, reduction="none")
+        if not bool(each.isfinite().all()):
+            raise common.TrainingDiverged(
+                f"the loss is {float(each.mean())} at step {i}, after {self.model.queries:,} queries; the weights are those "
+                f"before that step. A smaller a or c may help"
+            )
+        return each, float((logits.argmax(1) == labels).float().mean())
 
     def _noisy_batch(self, i: int) -> tuple[Tensor, Tensor]:
         generator = generator_for(self.seed, "noise", i, self.device)
@@ -311,7 +384,11 @@ class _Run:
             "queries": [self.model.box.calls, self.model.box.images],
         }  # fmt: skip
         tensors = {"weights": common.moving_tensors(self.model)}
-        common.write_checkpoint(self.out, tensors, {} if self.momentum is None else {"momentum": self.momentum}, state)
+        if self.spsa.per == "images":
+            optimiser = {"adam": self.adam.state_dict()}
+        else:
+            optimiser = {} if self.momentum is None else {"momentum": self.momentum}
+        common.write_checkpoint(self.out, tensors, optimiser, state)
 
     def _restore(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text())
@@ -319,6 +396,8 @@ class _Run:
         common.fill(common.moving_tensors(self.model), load_file(folder / "weights.safetensors"), folder)
         saved = torch.load(folder / "optimiser.pt", weights_only=True, map_location=self.device)
         self.momentum = saved.get("momentum")
+        if "adam" in saved:
+            self.adam.load_state_dict(saved["adam"])
         self.step, self.rows, self.seconds, self.sums = state["step"], state["rows"], state["seconds"], state["sums"]
         self.model.box.calls, self.model.box.images = state["queries"]
 

@@ -93,6 +93,27 @@ def test_an_encoder_of_ones_own(base, images):
     assert not any("encoder" in part for part in adapters.trainable(model).parts)
 
 
+@pytest.mark.parametrize("sees, numbers", [("pixels", 64), ("both", 64 + 64)])
+def test_a_decoder_that_sees_the_image(base, images, sees, numbers, tmp_path):
+    model = made(base, sees=sees, cube=40)
+    assert model.network.encoded(images).shape == (64, numbers)
+    assert torch.equal(model.network.encoded(images)[:, -64:], images.flatten(1))
+    assert model.network.decoder.trigger.numel() == 40 * 4 - numbers
+    with torch.no_grad():
+        nn.init.normal_(model.network.decoder.body[-1].weight)
+        again = load(model.save(tmp_path), base, base)
+        assert torch.equal(again.eval()(images), model.eval()(images))
+    assert all(part.startswith("decoder.") for part in adapters.trainable(model).parts)
+
+
+def test_a_large_image_is_shrunk_for_the_decoder():
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = adapters.coordinator(
+        lambda x: x.mean((2, 3)), encoder, image_shape=(3, 32, 32), sees="both", cube=16, model_id="means"
+    )
+    assert model.network.encoded(torch.rand(2, 3, 32, 32)).shape == (2, 3 + 3 * 64)
+
+
 @pytest.mark.parametrize(
     "answer, message",
     [
@@ -123,6 +144,7 @@ def test_logits_said_to_be_probabilities(base, images):
 def test_bad_settings(base):
     for settings, message in [
         (dict(strength=0), "strength must be above 0"),
+        (dict(sees="everything"), "sees must be one of features, pixels, both, got 'everything'"),
         (dict(cube=16), r"cube=16 gives 64 numbers of 2x2, no room for the encoder's 64 and a trigger; give cube=17"),
         (dict(image_shape=(1, 7, 7)), "divisible by 2"),
         (dict(returns="labels"), "returns must be logits or probabilities"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from smoothkit import adapters, data, models
 from smoothkit.training import SPSA, TrainingDiverged, fit_gradient_free
-from smoothkit.training.gradient_free import minimise, slopes, spsa_step, statistics_held
+from smoothkit.training.gradient_free import image_slopes, minimise, slopes, spsa_step, statistics_held
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,31 @@ def test_directions_keep_away_from_zero():
     assert 400 < int((above > 0).sum()) < 600
 
 
+def test_image_slopes_average_to_each_images_gradient():
+    """Two images with losses of their own, quadratic in the pixels; within five standard errors of 2 (x - t)."""
+    target = torch.tensor([0.2, 0.7], dtype=torch.float64).reshape(2, 1, 1, 1)
+    shown = torch.linspace(0.3, 0.6, 8, dtype=torch.float64).reshape(2, 1, 2, 2)
+    generator, n = torch.Generator().manual_seed(0), 4000
+    settings = dict(displacement=0.05, repeats=1, generator=generator)
+    estimates = torch.stack(
+        [image_slopes(lambda x: ((x - target) ** 2).sum((1, 2, 3)), shown, **settings) for _ in range(n)]
+    )
+    error = (estimates.mean(0) - 2 * (shown - target)).abs()
+    assert (error <= 5 * estimates.std(0) / n**0.5 + 1e-9).all()
+
+
+def test_image_slopes_of_clipped_pixels_are_zero_and_the_box_sees_images():
+    shown, asked = torch.tensor([-0.5, 0.5, 1.5, 1.01]).reshape(1, 1, 2, 2), []
+
+    def losses(x):
+        asked.append(x)
+        return x.sum((1, 2, 3))
+
+    slope = image_slopes(losses, shown, displacement=0.1, repeats=3, generator=torch.Generator().manual_seed(0))
+    assert len(asked) == 6 and all(float(x.min()) >= 0 and float(x.max()) <= 1 for x in asked)
+    assert slope.flatten()[[0, 2]].tolist() == [0, 0] and bool((slope.flatten()[[1, 3]] != 0).all())
+
+
 def test_look_ahead_momentum_by_hand():
     """Two steps of m <- beta m + g, w <- w - rate (g + beta m), with g = 1 and then 2."""
     w, m = spsa_step(torch.tensor(0.0), None, torch.tensor(1.0), rate=0.1, beta=0.5)
@@ -101,7 +126,10 @@ def pixel_classifier():
     return lambda images: 10 * (images.flatten(1) @ weights[:-1] + weights[-1])
 
 
-def test_learns_from_predictions_alone(images):
+@pytest.mark.parametrize(
+    "spsa, steps", [(SPSA(a=0.02, c=0.01, repeats=4), 90), (SPSA(a=0.02, c=0.05, repeats=1, per="images"), 90)]
+)
+def test_learns_from_predictions_alone(images, spsa, steps):
     """The box wants images whose upper half is brighter by 0.3, and only says so by its answers."""
     classify, asked = pixel_classifier(), []
     missing = torch.zeros(1, 1, 8, 8)
@@ -116,20 +144,20 @@ def test_learns_from_predictions_alone(images):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     model = adapters.coordinator(remote, encoder, image_shape=(1, 8, 8), cube=4, widths=(4,), model_id="remote")
     before = copy.deepcopy(model.state_dict())
-    spsa = SPSA(a=0.02, c=0.01, repeats=4)
     done = fit_gradient_free(
-        model, images, steps=90, batch=64, spsa=spsa, schedule=0.1, report_every=30, progress=False
-    )  # fmt: skip
+        model, images, steps=steps, batch=64, spsa=spsa, schedule=0.1, report_every=30, progress=False
+    )
     assert done.history.loss.iloc[-1] < 0.9 * done.history.loss.iloc[0]
-    assert done.history.queries.iloc[-1] == model.queries == sum(asked) == 90 * 2 * 4 * 64
+    assert done.history.queries.iloc[-1] == model.queries == sum(asked) == steps * 2 * spsa.repeats * 64
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith("network.decoder.") for k in changed)
     assert not model.training
 
 
-def test_statistics_move_once_a_step_and_cost_no_query(base, images):
+@pytest.mark.parametrize("per", ["weights", "images"])
+def test_statistics_move_once_a_step_and_cost_no_query(base, images, per):
     model = coordinator(base)
-    fit_gradient_free(model, images, **{**SHORT, "steps": 3})
+    fit_gradient_free(model, images, **{**SHORT, "steps": 3, "spsa": SPSA(repeats=2, per=per)})
     norm = next(m for m in model.network.decoder.modules() if isinstance(m, nn.BatchNorm2d))
     assert int(norm.num_batches_tracked) == 3 and norm.momentum == 0.1
     assert model.queries == 3 * 2 * 2 * 64
@@ -141,13 +169,13 @@ def test_statistics_move_once_a_step_and_cost_no_query(base, images):
     assert int(norm.num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("validation", [None, 0.25])
-def test_stopped_and_resumed_is_uninterrupted(base, images, tmp_path, validation):
+@pytest.mark.parametrize("validation, per", [(None, "weights"), (0.25, "weights"), (None, "images")])
+def test_stopped_and_resumed_is_uninterrupted(base, images, tmp_path, validation, per):
     def interrupt(rows):
         raise KeyboardInterrupt
 
     whole, part, again = (coordinator(base) for _ in range(3))
-    settings = {**SHORT, "validation": validation}
+    settings = {**SHORT, "validation": validation, "spsa": SPSA(repeats=2, per=per)}
     rows = fit_gradient_free(whole, images, **settings).rows
     first = fit_gradient_free(part, images, **settings, out=tmp_path, on_report=interrupt)
     assert first.interrupted and first.steps == 3
@@ -177,11 +205,12 @@ def test_a_box_that_raises_loses_nothing(base, images, tmp_path):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
-def test_a_box_of_nans_stops(base, images):
+@pytest.mark.parametrize("per", ["weights", "images"])
+def test_a_box_of_nans_stops(base, images, per):
     model = coordinator(base, lambda x: base(x) * float("nan"), model_id="nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingDiverged, match="the loss is nan at step 1, after 64 queries"):
-        fit_gradient_free(model, images, **SHORT)
+        fit_gradient_free(model, images, **{**SHORT, "spsa": SPSA(per=per)})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -198,6 +227,7 @@ def test_bad_settings(base, images):
             lambda: fit_gradient_free(coordinator(base), data.load("digits"), **SHORT),
             "a test split, which is certified",
         ),
+        (lambda: SPSA(per="pixels"), "per must be weights or images, got 'pixels'"),
         (lambda: SPSA(c=0), "a and c must be above 0"),
         (lambda: SPSA(beta=1), "beta must lie in"),
         (lambda: SPSA(alpha=-1), "must be at least 0"),
