@@ -32,7 +32,7 @@ BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory
 # notebook -> level and the question it answers
 NOTEBOOKS = {
     "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),
-    "10_certification": ("beginner", "From a Python loop to the engine; what alpha, n0 and n do"),
+    "10_certification": ("beginner", "From a Python loop to kernels: the same votes, faster; alpha, n0, n, early stopping"),
     "60_paper_figures": ("all", "Every figure and table again from records, beside the published values"),
 }
 
