@@ -26,6 +26,8 @@ figures: $(READY)
 
 records: $(READY)
 	$(BIN)/python data/make_records.py
+	$(BIN)/python data/make_rows.py noise-training
+	$(BIN)/python data/make_rows.py peft
 
 readme: $(READY)
 	$(BIN)/python data/make_readme.py
@@ -47,7 +49,7 @@ help:
 	@echo "make test                           all tests"
 	@echo "make lab                            JupyterLab on notebooks/"
 	@echo "make figures [PRESET=digits]        regenerate the figures and tables of 60_paper_figures"
-	@echo "make records                        sample the committed vote records again (about half an hour)"
+	@echo "make records                        sample the committed vote records again, make missing rows (an hour or two)"
 	@echo "make starters                       train the starter models again (about ten minutes)"
 	@echo "make readme                         numbers and figure of the READMEs from records"
 	@echo "make lint, make format, make clean"

@@ -32,7 +32,15 @@ BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory
 # notebook -> level and the question it answers
 NOTEBOOKS = {
     "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),
-    "10_certification": ("beginner", "From a Python loop to kernels: the same votes, faster; alpha, n0, n, early stopping"),
+    "10_certification": (
+        "beginner",
+        "From a Python loop to kernels: the same votes, faster; alpha, n0, n, early stopping",
+    ),
+    "20_noise_training": (
+        "intermediate",
+        "Why a clean model fails under noise; Gaussian, stability, consistency, MACER, SmoothAdv",
+    ),
+    "21_peft_smoothing": ("intermediate", "PEFTSmoothing: LoRA, adapters, prompts; a black box"),
     "60_paper_figures": ("all", "Every figure and table again from records, beside the published values"),
 }
 
@@ -96,9 +104,17 @@ def starters_table() -> str:
 def benchmarks_table() -> str:
     rows, machines = [], set()
     for name in BENCHMARKS:
-        about = json.loads((HERE / "benchmarks" / f"{name}.json").read_text())
+        full, quick = (HERE / "benchmarks" / f"{name}{kind}.json" for kind in ("", "-quick"))
+        about = json.loads((full if full.exists() else quick).read_text())
         others = "; ".join(f"{what}: {ratio:.2f}" for what, ratio in about["others"].items())
-        rows.append((f"`{name}`", about["headline"], f"{about['ratio']:.2f}", others or "-"))
+        rows.append(
+            (
+                f"`{name}`{' (quick)' if about['quick'] else ''}",
+                about["headline"],
+                f"{about['ratio']:.2f}",
+                others or "-",
+            )
+        )
         machines.add(f"{about['processor']}, {about['machine']}, Python {about['python']}, torch {about['torch']}")
     table = format_table(pd.DataFrame(rows, columns=["bench", "what over what", "ratio", "also"]), "markdown")
     return f"{table}\nMeasured on {'; '.join(sorted(machines))}. No GPU was at hand for these.\n"
@@ -108,6 +124,7 @@ def files_table() -> str:
     kinds = {
         "starters/*/model.safetensors": "data/make_starters.py",
         "records/*/parts/*.parquet": "data/make_records.py",
+        "records/rows/*/*/parts/*.parquet": "data/make_rows.py",
     }
     lines = ["| file | sha256 | maker | licence |", "| --- | --- | --- | --- |"]
     for pattern, maker in kinds.items():

@@ -7,6 +7,7 @@ calls the same check with `strict=True`, so that running the notebook proves it.
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 from smoothkit.bounds import clopper_pearson_lower, radius, radius_cap
 from smoothkit.types import ABSTAIN
@@ -53,6 +54,34 @@ def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> None:
         for r, share in ((0.0, 0.6), (0.2, 0.6), (0.3, 0.4), (0.5, 0.4), (0.8, 0.0))
     ]
     return _numbers(answer, cases, strict)
+
+
+LOGITS = (  # of a few noisy copies of one image
+    np.array([[2.0, 0.0, -1.0], [1.0, 0.5, 0.0]]),
+    np.array([[1.0, 0.0], [0.0, 1.0]]),
+    np.array([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0], [0.0, 0.0, 0.0]]),
+)
+
+
+def check_soft_smoothed_loss(answer: Callable[[np.ndarray, int], float], *, strict: bool = False) -> None:
+    """`answer(logits, label)` is the attacker's objective of SmoothAdv, from the logits [m, K] of m noisy copies."""
+    cases = [((logits, label), _soft_smoothed_loss(logits, label)) for logits in LOGITS for label in (0, 1)]
+    return _numbers(answer, cases, strict)
+
+
+def _soft_smoothed_loss(logits: np.ndarray, label: int) -> float:
+    return float(np.log(len(logits)) - logsumexp(log_softmax(logits, axis=1)[:, label]))
+
+
+def check_consistency(answer: Callable[[np.ndarray], float], *, strict: bool = False) -> None:
+    """`answer(logits)` is the mean divergence KL(mean || each) of m noisy copies, from their logits [m, K]."""
+    return _numbers(answer, [((logits,), _consistency(logits)) for logits in LOGITS], strict)
+
+
+def _consistency(logits: np.ndarray) -> float:
+    log_each = log_softmax(logits, axis=1)
+    log_mean = logsumexp(log_each, axis=0) - np.log(len(logits))
+    return float((np.exp(log_mean) * (log_mean - log_each)).sum(axis=1).mean())
 
 
 def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> None:

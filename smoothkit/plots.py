@@ -382,6 +382,79 @@ def _error_bars(shown: list[int], share: np.ndarray, limits: Mapping[int, tuple[
     return {"type": "data", "array": up, "arrayminus": down, "color": "#222222", "thickness": 1.8, "width": 7}
 
 
+# --- training and comparing --------------------------------------------------------------------------
+
+
+def training_curves(rows: pd.DataFrame | Sequence[Mapping], title: str = "Training") -> go.Figure:
+    """Loss on the left, accuracies on the right, an epoch a point: the history of a `training.Fitted`."""
+    history = pd.DataFrame(rows)
+    step = "epoch" if "epoch" in history else "step"
+    if step not in history or "loss" not in history:
+        raise ValueError(f"rows must have epoch (or step) and loss, got the columns {list(history.columns)}")
+    fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    curves = (
+        ("loss", "loss, training", 0, 1), ("validation_loss", "loss, validation", 1, 1),
+        ("accuracy", "noisy, training", 0, 2), ("validation_accuracy", "noisy, validation", 1, 2),
+        ("validation_clean_accuracy", "clean, validation", 2, 2),
+    )  # fmt: skip
+    for column, name, look, panel in curves:
+        if column in history:
+            fig.add_trace(
+                _curve(history[step], history[column], name, _STYLES[look], legend=panel == 2), row=1, col=panel
+            )
+    dress(fig, title, step, None)
+    fig.update_yaxes(title_text="loss", rangemode="tozero", row=1, col=1)
+    fig.update_yaxes(title_text="accuracy", range=[0, 1.02], row=1, col=2)
+    fig.update_layout(height=340, legend={"x": 0.99, "y": 0.04, "xanchor": "right", "yanchor": "bottom"})
+    return fig
+
+
+def _curve(x: pd.Series, y: pd.Series, name: str, style: Style, *, legend: bool) -> go.Scatter:
+    return go.Scatter(
+        x=x, y=y, name=name, showlegend=legend, mode="lines+markers",
+        line={"color": style.colour, "dash": style.dash, "width": 2.2},
+        marker={"symbol": style.symbol, "size": 6, "color": style.colour, "maxdisplayed": 10},
+    )  # fmt: skip
+
+
+def difference_figure(differences: pd.DataFrame, reference: str, title: str = "") -> go.Figure:
+    """Differences to one row with their intervals, a panel for each radius and one for ACR; 0 is no difference.
+
+    `differences` has the columns row, what, difference, low, high of `rows.compare`.
+    """
+    missing = [c for c in ("row", "what", "difference", "low", "high") if c not in differences]
+    if missing or differences.empty:
+        raise ValueError(f"differences lacks {missing or 'rows'}; make it with smoothkit.rows.compare")
+    kinds, names = list(dict.fromkeys(differences["what"])), list(dict.fromkeys(differences["row"]))
+    heads = [kind if kind == "ACR" else f"at r = {kind}" for kind in kinds]
+    fig = make_subplots(rows=1, cols=len(kinds), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
+    for panel, kind in enumerate(kinds, start=1):
+        for name in names:
+            part = differences[(differences["what"] == kind) & (differences["row"] == name)]
+            fig.add_trace(_difference(part, name), row=1, col=panel)
+        fig.add_vline(x=0, line={"color": "#444444", "width": 1, "dash": "dot"}, row=1, col=panel)
+    dress(fig, title or f"Difference to {reference}, with 95% intervals", None, None)
+    fig.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
+    fig.update_xaxes(nticks=4, tickangle=0, zeroline=False)
+    fig.update_layout(showlegend=False, height=150 + 44 * len(names), margin_l=24, margin_t=96)
+    fig.update_yaxes(automargin=True)
+    return fig
+
+
+def _difference(part: pd.DataFrame, name: str) -> go.Scatter:
+    """Filled and blue where the interval leaves 0 on one side, open and grey where it does not."""
+    clear = ((part["low"] > 0) | (part["high"] < 0)).to_numpy()
+    colour = "#0072B2" if clear.all() else "#6B7785"
+    error = {"type": "data", "array": part["high"] - part["difference"], "arrayminus": part["difference"] - part["low"]}
+    return go.Scatter(
+        x=part["difference"], y=[name] * len(part), name=name, mode="markers",
+        marker={"size": 10, "color": colour, "symbol": "circle" if clear.all() else "circle-open", "line": {"width": 2}},
+        error_x={**error, "color": colour, "thickness": 1.8, "width": 5},
+        customdata=part[["low", "high"]].to_numpy(),
+        hovertemplate="%{x:+.3f}, from %{customdata[0]:+.3f} to %{customdata[1]:+.3f}<extra>" + html.escape(name) + "</extra>",
+    )  # fmt: skip
+
+
 # --- pictures ----------------------------------------------------------------------------------------
 
 
@@ -484,10 +557,38 @@ def dress(fig: go.Figure, title: str, x: str | None = None, y: str | None = None
 # --- showing and keeping -----------------------------------------------------------------------------
 
 
+class Live:
+    """A figure drawn again in place while something runs: `update` at will, then `show(..., live=it)` to keep the last.
+
+    In a plain script `update` draws nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handle = None
+
+    def update(self, fig: go.Figure, caption: str = "") -> None:
+        from IPython import get_ipython
+        from IPython.display import display
+
+        caption = caption or _plain(fig.layout.title.text or "figure")
+        shown = {**json.loads(fig.to_json()), "config": PLOTLY_CONFIG}
+        bundle = {PLOTLY_MIME: shown, "text/plain": f"[figure: {caption}]"}
+        if self._handle is not None:
+            self._handle.update(bundle, raw=True)
+        elif get_ipython() is not None:
+            self._handle = display(bundle, raw=True, display_id=True)
+
+
 def show(
-    fig: go.Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path = "", caption: str = ""
+    fig: go.Figure,
+    name: str,
+    table: pd.DataFrame | None = None,
+    *,
+    figures_dir: str | Path = "",
+    caption: str = "",
+    live: Live | None = None,
 ) -> None:
-    """Show a figure in the notebook and, given a folder, keep it there with its numbers.
+    """Show a figure in the notebook, in place of what `live` drew if given, and keep it with its numbers in a folder.
 
     Writes `<name>.html` (drawn by one `plotly.min.js` shared in the folder), `<name>.csv` (the numbers: `table`, or
     what the traces hold) and `<name>.json` (title, caption and the figure, for the gallery).
@@ -495,8 +596,10 @@ def show(
     _check_name(name)
     caption = caption or _plain(fig.layout.title.text or name)
     bundle = json.loads(fig.to_json())
-    shown = {**bundle, "config": PLOTLY_CONFIG}
-    _display({PLOTLY_MIME: shown, "text/plain": f"[figure: {caption}]"})
+    if live is None:
+        _display({PLOTLY_MIME: {**bundle, "config": PLOTLY_CONFIG}, "text/plain": f"[figure: {caption}]"})
+    else:
+        live.update(fig, caption)
     if not str(figures_dir):
         return
     folder = Path(figures_dir)

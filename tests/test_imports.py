@@ -14,7 +14,7 @@ ORDER = [
     "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
     "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "forward", "batches",
     "records", "votes", "bounds", "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report",
-    "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
+    "rows", "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
     "gallery", "workbook", "checks", "cli", "__main__",
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them

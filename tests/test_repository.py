@@ -97,6 +97,7 @@ def test_committed_data_is_what_its_readme_says():
     files = [
         *(ROOT / "data" / "starters").glob("*/model.safetensors"),
         *(ROOT / "data" / "records").glob("*/parts/*.parquet"),
+        *(ROOT / "data" / "records" / "rows").glob("*/*/parts/*.parquet"),
     ]
     assert len(files) >= 8
     for path in files:
@@ -128,7 +129,8 @@ def test_records_fit_the_starters_they_name():
     from smoothkit import models
     from smoothkit.records import open_record
 
-    for path in (ROOT / "data" / "records").iterdir():
+    for path in (ROOT / "data" / "records").glob("*/run.json"):
+        path = path.parent
         identity = open_record(path).identity
         assert models.fingerprint(models.load(identity.model)) == identity.fingerprint
 

@@ -20,6 +20,7 @@ arXiv:2203.14195.
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ class SPSA:
 
     Step i = 1, 2, ... has rate a / (i + o)^alpha and displacement c / i^gamma; `repeats` estimates are averaged, and
     `beta` is the momentum. A step costs 2 * repeats evaluations of the loss. `per` says what is displaced, `weights`
-    or `images`; for images c is in pixel units, and the step is Adam's with first decay `beta`.
+    or `images`; for images c is in pixel units, and the step is Adam's with first decay `beta`. Logits are divided by
+    `temperature` in the loss: a network that is sure of its errors has slopes of which a batch says little.
     """
 
     a: float = 0.01
@@ -57,6 +59,7 @@ class SPSA:
     beta: float = 0.9
     repeats: int = 5
     per: str = "weights"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.per not in {"weights", "images"}:
@@ -67,6 +70,8 @@ class SPSA:
             raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
         if self.o < 0 or self.alpha < 0 or self.gamma < 0:
             raise ValueError(f"o, alpha and gamma must be at least 0, got {self.o}, {self.alpha} and {self.gamma}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
@@ -329,7 +334,7 @@ class _Run:
     def _ask(self, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         """The box's loss on each image [B], and its accuracy."""
         logits = self.model.network.box(images).float()
-        each = F.cross_entropy(logits, labels, reduction="none")
+        each = F.cross_entropy(logits / self.spsa.temperature, labels, reduction="none")
         if not bool(each.isfinite().all()):
             raise common.TrainingDiverged(
                 f"the loss is {float(each.mean())} at step {i}, after {self.model.queries:,} queries; the weights are those "

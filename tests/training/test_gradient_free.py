@@ -228,6 +228,7 @@ def test_bad_settings(base, images):
             "a test split, which is certified",
         ),
         (lambda: SPSA(per="pixels"), "per must be weights or images, got 'pixels'"),
+        (lambda: SPSA(temperature=0), "temperature must be above 0"),
         (lambda: SPSA(c=0), "a and c must be above 0"),
         (lambda: SPSA(beta=1), "beta must lie in"),
         (lambda: SPSA(alpha=-1), "must be at least 0"),

@@ -1,0 +1,635 @@
+"""Rows of a table: one trained classifier each, described by a few settings, with its vote record and a card.
+
+    data/rows/TABLE.yaml                     settings of all rows          load_rows
+    data/records/rows/TABLE/ROW/             vote record and card.json     train_row, certify_row, keep_row
+    a DataFrame, certificate tables          what a notebook shows         read_rows, format_rows, read_certificates
+    differences between rows, intervals      how sure that is              compare, paired_bootstrap, wilson_interval
+
+Reading needs neither torch nor the models; `data/make_rows.py` makes the rows that are not there yet.
+"""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy import stats
+
+from smoothkit.certify import certificates
+from smoothkit.logs import round_down
+from smoothkit.records import Record, RecordError, compact, open_record
+from smoothkit.report import average_certified_radius, certified_accuracy
+from smoothkit.types import check_alpha, check_sigma
+
+if TYPE_CHECKING:
+    from smoothkit.data import Images
+    from smoothkit.models import BaseClassifier
+    from smoothkit.training import Fitted
+
+CARD = "card.json"
+METHODS = ("clean", "full", "lora", "bottleneck", "prompts", "certifying", "coordinator")
+LOSSES = ("gaussian", "smoothadv", "macer", "consistency", "stability")
+ATTACKS = ("pgd", "ddn")
+RADII = (0.0, 0.25, 0.5, 0.75)
+_SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
+_CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images")  # say nothing about how it is trained
+
+
+class RowError(ValueError):
+    """A row that cannot be read; the message names the file, the row and what would do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trained classifier of a table, and how it is certified.
+
+    `sigma` is the certificate's noise level, and that of training unless `schedule` says otherwise (see
+    `training.schedules.parse`; `clean` is no noise). `method` is what is trained: nothing (`clean`), the whole base
+    (`full`), or an adapter with the settings in `adapter`, the keyword arguments of the function of that name in
+    `smoothkit.adapters`. `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
+    `steps`, `step_size`, `gamma`, `levels`. A coordinator takes `steps` and `spsa` in place of epochs and lr, and
+    `adapter: {encoder: MODEL}`.
+    """
+
+    name: str
+    sigma: float
+    title: str = ""
+    note: str = ""
+    method: str = "full"
+    base: str = "starter:digits-vit-clean"
+    data: str = "digits"
+    loss: str = "gaussian"
+    loss_settings: dict = dataclasses.field(default_factory=dict)
+    schedule: str = ""
+    epochs: int = 40
+    batch: int = 64
+    lr: float = 1e-3
+    optimiser: str = "adamw"
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    layer_decay: float | None = None
+    ema: float | None = None
+    clip_norm: float | None = 1.0
+    crop_and_flip: bool = False
+    precision: str = "float32"
+    validation: float = 0.1
+    seed: int = 0
+    adapter: dict = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    spsa: dict = dataclasses.field(default_factory=dict)
+    n0: int = 100
+    n: int = 1_000
+    alpha: float = 0.001
+    noise_seed: int = 0
+    images: str = "all"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
+        object.__setattr__(self, "sigma", float(self.sigma))
+        object.__setattr__(self, "title", self.title or self.name)
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", self.name):
+            raise RowError(
+                f"name must be lower-case letters, digits, . - and _ (it becomes a folder), got {self.name!r}"
+            )
+        _check_one_of("method", self.method, METHODS)
+        _check_one_of("loss", self.loss, LOSSES)
+        check_sigma(self.sigma)
+        check_alpha(self.alpha)
+        if self.method == "coordinator" and self.steps is None:
+            raise RowError("a coordinator is trained by steps, not epochs; give steps: 500")
+        if self.adapter and self.method in {"clean", "full"}:
+            raise RowError(f"adapter settings {sorted(self.adapter)} with method {self.method}, which has no adapter")
+
+    @property
+    def training_digest(self) -> str:
+        """Of all that training depends on: rows with the same one are the same trained classifier."""
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING)}
+        settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
+        del settings["sigma"]
+        if self.method == "clean":
+            settings = {k: settings[k] for k in ("method", "base")}
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    def made_like(self, other: "Row") -> bool:
+        """Whether the other's record would be this one's: all settings agree but name, title and note."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return all(mine[k] == theirs[k] for k in mine if k not in _SHOWN_ONLY)
+
+
+# --- settings --------------------------------------------------------------------------------------
+
+
+def load_rows(path: str | Path) -> list[Row]:
+    """The rows of a table from a YAML file.
+
+    `defaults` holds settings for all rows and `rows` a list of settings. Where `sigma` or `seed` is a list, a row is
+    made for each, named NAME-SIGMA and NAME-seedSEED.
+
+    Raises
+    ------
+    RowError
+        For a misspelt key (the near one is named), a value that cannot be, or two rows of one name.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RowError(f"{path.name} is no YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise RowError(f"{path.name} must map `rows` to a list of rows (and may have `title` and `defaults`)")
+    _check_keys(f"{path.name}: ", content, ("title", "defaults", "rows"))
+    rows = []
+    for number, settings in enumerate(content["rows"], start=1):
+        if not isinstance(settings, dict) or "name" not in settings:
+            raise RowError(
+                f"{path.name}: row {number} must map settings to values, `name` among them; got {settings!r}"
+            )
+        where = f"{path.name}, row {settings['name']}: "
+        merged = {**(content.get("defaults") or {}), **settings}
+        _check_keys(where, merged, [f.name for f in dataclasses.fields(Row)])
+        if "sigma" not in merged:
+            raise RowError(f"{where}sigma is missing; it is the noise level to certify at")
+        try:
+            rows += [_checked(Row(**one)) for one in _spread(merged)]
+        except ValueError as error:
+            raise RowError(f"{where}{error}") from None
+    names = [row.name for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RowError(f"{path.name} has two rows named {', '.join(twice)}")
+    return rows
+
+
+def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    spread = [settings]
+    for key, form, words in (("sigma", "{:.2f}", ""), ("seed", "seed{}", ", seed {}")):
+        values = settings.get(key)
+        if isinstance(values, list):
+            spread = [
+                {
+                    **one,
+                    key: value,
+                    "name": f"{one['name']}-{form.format(value)}",
+                    "title": one.get("title", one["name"]) + words.format(value),
+                }
+                for one in spread
+                for value in values
+            ]
+    return spread
+
+
+def _checked(row: Row) -> Row:
+    """Build everything small that training would build, so that an error comes before anything runs."""
+    from smoothkit import adapters
+    from smoothkit.training import SPSA, parse
+
+    if row.method != "clean":
+        parse(row.schedule or row.sigma)
+        _loss(row)
+    _check_keys("spsa: ", row.spsa, [f.name for f in dataclasses.fields(SPSA)])
+    if row.method not in {"clean", "full"}:
+        function = getattr(adapters, row.method)
+        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        more = ["encoder"] if row.method == "coordinator" else []
+        _check_keys(f"adapter ({row.method}): ", row.adapter, [k for k in known if k != "seed"] + more)
+    return row
+
+
+def _loss(row: Row) -> Callable:
+    from smoothkit import attacks
+    from smoothkit.training import LOSSES as KNOWN
+
+    settings, known = dict(row.loss_settings), [f.name for f in dataclasses.fields(KNOWN[row.loss])]
+    if "attack" not in known:
+        _check_keys(f"loss_settings ({row.loss}): ", settings, known)
+        return KNOWN[row.loss](**settings)
+    attack = settings.pop("attack", "pgd" if row.loss == "smoothadv" else None)
+    if attack is None:
+        _check_keys(f"loss_settings ({row.loss}): ", settings, known)
+        return KNOWN[row.loss](**settings)
+    _check_one_of("attack", attack, ATTACKS)
+    make = {"pgd": attacks.PGD, "ddn": attacks.DDN}[attack]
+    budget = [f.name for f in dataclasses.fields(make)]
+    _check_keys(f"loss_settings ({row.loss}): ", settings, [*known, *budget])
+    if "epsilon" not in settings:
+        raise RowError(f"loss_settings ({row.loss}): an attack needs epsilon, its L2 radius in pixel units")
+    of_attack = {k: settings.pop(k) for k in budget if k in settings}
+    return KNOWN[row.loss](attack=make(**of_attack), **settings)
+
+
+def _check_keys(where: str, settings: dict, known: Sequence[str]) -> None:
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise RowError(f"{where}unknown key {key!r}; {hint}")
+
+
+def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        raise RowError(f"{name} {value!r} is unknown; {hint}")
+
+
+def _check_type(name: str, wanted: Any, value: Any) -> None:
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    allowed = tuple(int if t is int else (int, float) if t is float else t for t in options)
+    flat = tuple(t for a in allowed for t in (a if isinstance(a, tuple) else (a,)))
+    if (isinstance(value, bool) and bool not in flat) or not isinstance(value, flat):
+        words = " or ".join("nothing" if t is type(None) else t.__name__ for t in options)
+        hint = ""
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+            hint = f"; YAML reads {value} as text, write {float(value)!r}"
+        raise RowError(f"{name} must be {words}, got {value!r}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(f"{name} must be finite, got {value}")
+
+
+# --- making ----------------------------------------------------------------------------------------
+
+
+def build(row: Row, base: "BaseClassifier | None" = None, *, image_shape: tuple[int, int, int] | None = None):
+    """The classifier of a row before training: what is trained has `requires_grad`.
+
+    Parameters
+    ----------
+    row : Row
+    base : BaseClassifier, optional
+        In place of the one that `row.base` names, as for a base that was itself just trained. It is copied.
+    image_shape : (C, H, W), optional
+        Of the images; a coordinator needs it.
+    """
+    from smoothkit import adapters, models
+
+    base = models.load(row.base) if base is None else base
+    if row.method in {"clean", "full"}:
+        return copy.deepcopy(base).requires_grad_(row.method == "full").eval()
+    settings = {"seed": row.seed, **row.adapter}
+    if row.method != "coordinator":
+        return getattr(adapters, row.method)(base, **settings)
+    encoder = settings.pop("encoder", None)
+    encoder = models.load(encoder) if isinstance(encoder, str) else encoder or base
+    return adapters.coordinator(base, encoder, image_shape=image_shape, **settings)
+
+
+def train_row(
+    row: Row,
+    images_train: "Images",
+    *,
+    base: "BaseClassifier | None" = None,
+    progress: bool = True,
+    on_epoch: Callable[[list[dict[str, Any]]], None] | None = None,
+    out: str | Path | None = None,
+) -> "Fitted":
+    """Build and train the classifier of a row; a row of method `clean` is its base, untrained.
+
+    Parameters
+    ----------
+    row : Row
+    images_train : Images
+        Labelled; a test split is refused.
+    base : BaseClassifier, optional
+        As in `build`.
+    progress, on_epoch
+        As in `training.fit`; a coordinator calls `on_epoch` at every report.
+    out : path, optional
+        Folder for checkpoints: an interrupted training goes on from there, a finished one is only read.
+
+    Returns
+    -------
+    training.Fitted
+        With `model` in eval mode.
+    """
+    from smoothkit.adapters import trainable
+    from smoothkit.training import SPSA, Fitted, crop_and_flip, fit, fit_gradient_free
+
+    model = build(row, base, image_shape=tuple(images_train[0].shape))
+    if row.method == "clean":
+        return Fitted(model, [], trainable(model), 0, 0.0, False, None)
+    shared = dict(
+        schedule=row.schedule or row.sigma, batch=row.batch, augment=crop_and_flip if row.crop_and_flip else None,
+        validation=row.validation or None, seed=row.seed, out=out, resume=out is not None, progress=progress,
+    )  # fmt: skip
+    if row.method == "coordinator":
+        return fit_gradient_free(
+            model, images_train, steps=row.steps, spsa=SPSA(**row.spsa), on_report=on_epoch, **shared
+        )
+    copied = ("epochs", "lr", "optimiser", "weight_decay", "warmup", "layer_decay", "ema", "clip_norm", "precision")
+    how = {name: getattr(row, name) for name in copied}
+    return fit(
+        model, images_train, loss=_loss(row), description=f"training {row.name}", on_epoch=on_epoch, **how, **shared
+    )
+
+
+def certify_row(
+    row: Row,
+    model: Callable,
+    images: "Images",
+    *,
+    out: str | os.PathLike | None = None,
+    progress: bool = True,
+    **how,
+) -> Record:
+    """The votes of a row's classifier at its sigma, n0, n and alpha; kept in the folder `out`, where a run goes on.
+
+    `how` goes to `Smoothed`: batch, device, precision, compile.
+    """
+    from smoothkit.certify import Smoothed
+
+    smoothed = Smoothed(model, row.sigma, **how)
+    settings = dict(n0=row.n0, n=row.n, alpha=row.alpha, seed=row.noise_seed)
+    return smoothed.sample(images, out=out, progress=progress, **settings)
+
+
+def keep_row(row: Row, fitted: "Fitted", record: Record, folder: str | Path) -> Path:
+    """Write the record as one part with `card.json` beside it: settings, trained parameters, seconds, versions."""
+    folder = Path(folder)
+    compact(record, folder)
+    card = make_card(row, fitted, record)
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_card(row: Row, fitted: "Fitted", record: Record) -> dict[str, Any]:
+    """What a table wants to know of a row beside its votes; no paths or host names."""
+    import torch
+
+    kept = ("epoch", "step", "loss", "accuracy", "validation_loss", "validation_accuracy", "validation_clean_accuracy")
+    last = fitted.rows[-1] if fitted.rows else {}
+    card = {
+        "row": dataclasses.asdict(row),
+        "trained": fitted.trained.trained,
+        "parameters": fitted.trained.total,
+        "parts": fitted.trained.parts,
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 2),
+        "threads": torch.get_num_threads(),
+        "interrupted": fitted.interrupted,
+        "end": {k: round(last[k], 5) for k in kept if k in last},
+        "fingerprint": record.identity.fingerprint,
+        "versions": {
+            "python": platform.python_version(),
+            **{m: _version(m) for m in ("torch", "timm", "peft", "numpy")},
+        },
+    }
+    if hasattr(fitted.model, "queries"):
+        card["queries"] = last.get("queries", fitted.model.queries)
+    return card
+
+
+def _version(distribution: str) -> str:
+    from importlib.metadata import version
+
+    return version(distribution).split("+")[0]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def row_folders(folder: str | Path) -> list[Path]:
+    """The folders of a table's rows, in the order of their names.
+
+    Raises
+    ------
+    RowError
+        If there is none.
+    """
+    folder = Path(folder)
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+    if not found:
+        raise RowError(f"{folder} holds no rows; make them with python data/make_rows.py {folder.name}")
+    return found
+
+
+def read_card(folder: str | Path) -> tuple[Row, dict[str, Any]]:
+    """The settings and the card of a kept row.
+
+    Raises
+    ------
+    RowError
+        If it is missing or cannot be read.
+    """
+    path = Path(folder) / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        return Row(**card["row"]), card
+    except FileNotFoundError:
+        raise RowError(f"{path.parent.name}: no {CARD}; make the row again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RowError) as error:
+        raise RowError(f"{path.parent.name}: {CARD} cannot be read ({error}); make the row again") from None
+
+
+def read_rows(folder: str | Path, radii: Sequence[float] = RADII) -> pd.DataFrame:
+    """A table of all kept rows of a folder, from their records and cards.
+
+    Returns
+    -------
+    DataFrame
+        name, title, method, sigma, trained, parameters, epochs (0 if not trained), seconds, queries (0 for white
+        boxes), images; the certified accuracy at each radius in a column as "0.25"; ACR; and `problem`, empty or what is
+        wrong with a row that could not be read. A row with a problem also warns.
+    """
+    table = pd.DataFrame([_read_row(path, radii) for path in row_folders(folder)])
+    for problem in table.loc[table["problem"] != "", "problem"]:
+        warnings.warn(problem, stacklevel=2)
+    return table
+
+
+def _read_row(path: Path, radii: Sequence[float]) -> dict[str, Any]:
+    blank = {
+        "name": path.name, "title": path.name, "method": "", "sigma": math.nan, "trained": 0, "parameters": 0, "epochs": 0,
+        "seconds": math.nan, "queries": 0, "images": 0, **{f"{r:g}": math.nan for r in radii}, "ACR": math.nan, "problem": "",
+    }  # fmt: skip
+    try:
+        row, card = read_card(path)
+        known = {
+            "title": row.title, "method": row.method, "sigma": row.sigma, "trained": card["trained"],
+            "parameters": card["parameters"], "epochs": row.epochs if card["steps"] and row.steps is None else 0,
+            "seconds": card["seconds"], "queries": card.get("queries", 0),
+        }  # fmt: skip
+        blank |= known
+        table = _certificates(path, row, card)
+    except (RowError, RecordError) as error:
+        text = str(error).removeprefix(f"{path.name}: ").replace(str(path), path.name)
+        return blank | {"problem": f"{path.name}: {text}"}
+    shares = zip(radii, certified_accuracy(table, radii), strict=True)
+    return blank | {
+        "images": len(table), **{f"{r:g}": float(share) for r, share in shares}, "ACR": average_certified_radius(table)
+    }  # fmt: skip
+
+
+def _certificates(path: Path, row: Row, card: dict[str, Any]) -> pd.DataFrame:
+    record = open_record(path)
+    rule = record.stopping_rule
+    stated = {
+        "sigma": (record.sigma, row.sigma), "n": (rule.n, row.n), "n0": (rule.n0, row.n0),
+        "fingerprint": (record.identity.fingerprint, card["fingerprint"]),
+    }  # fmt: skip
+    odd = [
+        f"{name} {mine} in the record, {card_says} in the card"
+        for name, (mine, card_says) in stated.items()
+        if mine != card_says
+    ]
+    if odd:
+        raise RowError(f"record and card do not belong together: {'; '.join(odd)}; make the row again")
+    return certificates(record)
+
+
+def read_certificates(
+    folder: str | Path, *, sigma: float | None = None, names: Sequence[str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """Certificate tables by the title of the row, ready for `plots.certified_accuracy_curve`.
+
+    Parameters
+    ----------
+    folder : path
+        Of the table.
+    sigma : float, optional
+        Only rows certified at it.
+    names : sequence of str, optional
+        Only these rows, in this order; all by name if not given.
+
+    Raises
+    ------
+    RowError, RecordError
+        For a row that cannot be read, two rows of one title, or none.
+    """
+    paths = {path.name: path for path in row_folders(folder)}
+    for name in names or ():
+        _check_one_of("row", name, list(paths))
+    tables: dict[str, pd.DataFrame] = {}
+    for name in paths if names is None else names:
+        row, card = read_card(paths[name])
+        if sigma is not None and row.sigma != sigma:
+            continue
+        if row.title in tables:
+            raise RowError(f"two rows have the title {row.title!r}; give sigma= or names=")
+        tables[row.title] = _certificates(paths[name], row, card)
+    if not tables:
+        raise RowError(f"{folder} has no row" + (f" at sigma {sigma:g}" if sigma is not None else ""))
+    return tables
+
+
+def format_rows(table: pd.DataFrame, radii: Sequence[float] = RADII, level: float = 0.95) -> pd.DataFrame:
+    """A table of `read_rows` for reading: certified accuracy with its Wilson interval, ACR rounded down."""
+    shown = table[["title", "sigma", "trained", "epochs", "seconds"]].rename(columns={"trained": "trained parameters"})
+    shown["trained parameters"] = [f"{n:,}" for n in table["trained"]]
+    shown["seconds"] = [f"{s:,.0f}" for s in table["seconds"].fillna(0)]
+    if table["queries"].any():
+        shown["queries"] = [f"{n:,}" for n in table["queries"]]
+    for r in radii:
+        shown[f"at {r:g}"] = [
+            _with_interval(p, n, level) for p, n in zip(table[f"{r:g}"], table["images"], strict=True)
+        ]
+    shown["ACR"] = ["" if math.isnan(acr) else round_down(acr, 3) for acr in table["ACR"]]
+    return shown
+
+
+def _with_interval(share: float, images: int, level: float) -> str:
+    if math.isnan(share):
+        return "unreadable"
+    low, high = wilson_interval(round(share * images), images, level)
+    return f"{share:.3f} [{low:.3f}, {high:.3f}]"
+
+
+# --- how sure --------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of a proportion over images drawn like these.
+
+    References
+    ----------
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
+    """
+    check_alpha(1 - level)
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must lie in 0..n with n at least 1, got {successes} of {n}")
+    z = stats.norm.ppf((1 + level) / 2)
+    p, spread = successes / n, z**2 / n
+    middle = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+
+
+def paired_bootstrap(
+    table: pd.DataFrame,
+    reference: pd.DataFrame,
+    radii: Sequence[float] = RADII,
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Differences in certified accuracy and ACR between two classifiers on the same images, with percentile intervals.
+
+    Images are drawn again with replacement, for both at once. The intervals are about the choice of images; they know
+    nothing of training again with another seed.
+
+    Returns
+    -------
+    DataFrame
+        One row a radius ("0.25") and one for "ACR": what, difference (table minus reference), low, high.
+
+    Raises
+    ------
+    ValueError
+        If the two are not certificates of the same images.
+
+    References
+    ----------
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, Chapter 13.
+    """
+    check_alpha(1 - level)
+    mine, theirs = _per_image(table, radii), _per_image(reference, radii)
+    if not mine.index.equals(theirs.index):
+        raise ValueError("the two tables are not of the same images; a paired comparison needs that")
+    apart = (mine - theirs).to_numpy(np.float64)  # [images, quantities]
+    weights = np.random.default_rng(seed).multinomial(len(apart), np.full(len(apart), 1 / len(apart)), size=draws)
+    means = weights @ apart / len(apart)  # [draws, quantities]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame({"what": mine.columns, "difference": apart.mean(axis=0), "low": low, "high": high})
+
+
+def compare(tables: dict[str, pd.DataFrame], reference: str, radii: Sequence[float] = RADII, **how) -> pd.DataFrame:
+    """`paired_bootstrap` of every table but one against that one; the column `row` says which.
+
+    `verdict` is `above` or `below` where the interval leaves 0 on one side, else `not told apart`.
+    """
+    _check_one_of("reference", reference, list(tables))
+    parts = [
+        paired_bootstrap(table, tables[reference], radii, **how).assign(row=title)
+        for title, table in tables.items()
+        if title != reference
+    ]
+    frame = pd.concat(parts, ignore_index=True)[["row", "what", "difference", "low", "high"]]
+    sides = np.select([frame["low"] > 0, frame["high"] < 0], ["above", "below"], "not told apart")
+    return frame.assign(verdict=sides)
+
+
+def _per_image(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
+    right = table["correct"].to_numpy(bool)
+    radius = np.where(right, table["radius"].to_numpy(np.float64), 0.0)
+    columns = {f"{r:g}": right & (radius >= r) for r in radii} | {"ACR": radius}
+    frame = pd.DataFrame(columns, index=pd.Index(table["image_id"].to_numpy())).astype(np.float64)
+    if frame.index.has_duplicates:
+        raise ValueError("a table has two rows for one image")
+    return frame.sort_index()
