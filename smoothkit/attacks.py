@@ -7,14 +7,15 @@ The noise is an argument, so that an attack is a function that a test can differ
 with Purpose.ATTACK: what an attack was tuned on never certifies.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from smoothkit.models import evaluating
 
 
 def noisy_logits(base_classifier: Callable[[Tensor], Tensor], images: Tensor, noise: Tensor) -> Tensor:
@@ -164,20 +165,6 @@ def into_ball(images: Tensor, attacked: Tensor, epsilon: float) -> Tensor:
 def norms(delta: Tensor) -> Tensor:
     """L2 norm [B] of each image of a batch."""
     return delta.flatten(1).norm(dim=1)
-
-
-@contextlib.contextmanager
-def evaluating(base_classifier: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Eval mode while an attack looks, each submodule's own mode afterwards: batch statistics must not move."""
-    modules = list(base_classifier.modules()) if isinstance(base_classifier, nn.Module) else []
-    before = [m.training for m in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, before, strict=True):
-            module.training = mode
 
 
 def _gradient(

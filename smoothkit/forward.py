@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from smoothkit.models import evaluating
+
 PRECISIONS = ("float32", "tf32", "bfloat16")
 CONVOLUTIONS = 4  # a network with more spatial convolutions than this is run in channels_last order
 COMPILE_AFTER = 240.0  # seconds of plain forward passes that are left; below that compiling (10 to 60 s) is not repaid
@@ -227,20 +229,6 @@ def _warn_if_slow(device: torch.device) -> None:
             "this processor has no bfloat16 instructions, so bfloat16 is many times slower here than float32",
             stacklevel=6,
         )
-
-
-@contextlib.contextmanager
-def evaluating(base_classifier: object) -> Iterator[None]:
-    """A module in eval mode; the mode of each of its parts is given back afterwards."""
-    modules = list(base_classifier.modules()) if isinstance(base_classifier, nn.Module) else []
-    were_training = [m for m in modules if m.training]
-    for m in were_training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in were_training:
-            m.training = True
 
 
 @contextlib.contextmanager

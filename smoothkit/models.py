@@ -3,11 +3,12 @@
 Resize and normalisation live inside, after the noise, so sigma and radius keep the units of the image.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -251,6 +252,20 @@ def _check_timm_name(name: str) -> None:
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "list names with timm.list_models()"
     raise ValueError(f"unknown model {name!r}; {hint}")
+
+
+@contextlib.contextmanager
+def evaluating(base_classifier: object) -> Iterator[None]:
+    """A module in eval mode; the mode of each of its parts is given back afterwards."""
+    modules = list(base_classifier.modules()) if isinstance(base_classifier, nn.Module) else []
+    were_training = [m for m in modules if m.training]
+    for m in were_training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in were_training:
+            m.training = True
 
 
 # --- identity --------------------------------------------------------------------------------------

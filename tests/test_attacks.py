@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from smoothkit import data
-from smoothkit.attacks import DDN, PGD, evaluating, into_ball, log_mean_softmax, noisy_logits, norms, soft_smoothed_loss
+from smoothkit.attacks import DDN, PGD, into_ball, log_mean_softmax, noisy_logits, norms, soft_smoothed_loss
+from smoothkit.models import evaluating
 
 
 @pytest.fixture(scope="module")

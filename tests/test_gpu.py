@@ -57,7 +57,7 @@ def test_nothing_waits_between_checkpoints():
     for _ in range(GRAPH_AFTER + 2):  # what is set up on first use may wait
         step(plan, 0)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits now raises
     try:
         for _ in range(20):
             step(plan, 0)
