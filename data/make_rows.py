@@ -1,10 +1,11 @@
 """Train and certify the rows of a table that have no record yet.
 
-    python data/make_rows.py noise-training [--only gaussian-0.25 ...] [--again] [--list]
+    python data/make_rows.py noise-training [--variant reduced] [--only gaussian-0.25 ...] [--again] [--list] [--device cuda]
 
-Settings come from data/rows/TABLE.yaml; votes and card go to data/records/rows/TABLE/ROW. Trainings (checkpoints) and
-votes under way are kept in runs/rows/TABLE, where an interrupted run goes on; rows that differ only in how they are
-certified share a training. Seeded: the same versions on the same kind of processor give the same rows.
+Settings come from data/rows/TABLE.yaml; votes and card go to data/records/rows/TABLE/ROW (TABLE-VARIANT for a variant).
+Trainings (checkpoints) and votes under way are kept in runs/rows, where an interrupted run goes on; rows that differ only
+in how they are certified share a training, of all tables, and a row that another table has is copied from there. Seeded:
+the same versions on the same kind of processor give the same rows.
 """
 
 import argparse
@@ -18,28 +19,40 @@ import torch
 from smoothkit import data
 from smoothkit.attacks import noisy_logits
 from smoothkit.progress import format_seconds, say
-from smoothkit.rows import Row, RowError, build, certify_row, keep_row, load_rows, read_card, train_row
+from smoothkit.rows import Row, RowError, build, certify_row, keep_row, load_rows, read_card, relabel, train_row
+from smoothkit.training import Fitted
 
 HERE = Path(__file__).parent
 SETTINGS, KEPT, BUILD = HERE / "rows", HERE / "records" / "rows", HERE.parent / "runs" / "rows"
 TRIAL = 64  # images to measure a forward pass with
 
 
-def state(row: Row, kept: Path) -> str:
-    """`missing`, `kept`, or `changed`: kept from other settings."""
+def state(row: Row, kept: Path, rows: dict[str, Row]) -> str:
+    """`missing`, `kept`, or `changed`: kept from other settings, its own or those of a row it is made from."""
     if not (kept / row.name / "run.json").is_file() and not (kept / row.name / "card.json").is_file():
         return "missing"
     try:
-        return "kept" if read_card(kept / row.name)[0].made_like(row) else "changed"
+        known, card = read_card(kept / row.name)
     except RowError:
         return "changed"
+    same = known.made_like(row) and (not row.made_from or card.get("made_from") == origins(row, rows))
+    return "kept" if same else "changed"
+
+
+def origins(row: Row, rows: dict[str, Row]) -> dict[str, str]:
+    """The rows that a row is made from, with the digests of their settings."""
+    return {name: rows[name].training_digest(rows) for name in row.made_from}
 
 
 def cost(rows: list[Row], images: dict[str, tuple[data.Images, data.Images]]) -> tuple[float, float]:
-    """Seconds of training and of certifying that the rows will take about, from timed forward passes."""
-    training = certifying = 0.0
-    seen: set[str] = set()
+    """Seconds of training and of certifying that the rows will take about, from timed forward passes.
+
+    Rows made from others are not built for it; they count as the average of the rest.
+    """
+    training, certifying, seen = [], [], set()
     for row in rows:
+        if row.made_from:
+            continue
         train, test = images[row.data]
         model = build(row, image_shape=tuple(train[0].shape)).eval()
         batch = train.batch(0, TRIAL)
@@ -48,64 +61,107 @@ def cost(rows: list[Row], images: dict[str, tuple[data.Images, data.Images]]) ->
             began = time.perf_counter()
             noisy_logits(model, batch, torch.zeros(4, *batch.shape))
         forward = (time.perf_counter() - began) / (4 * len(batch))
-        certifying += forward * len(test.take(row.images)) * (row.n0 + row.n)
-        if row.method == "clean" or row.training_digest in seen:
-            continue
-        seen.add(row.training_digest)
-        copies = row.loss_settings.get("copies", {"macer": 16, "smoothadv": 2, "consistency": 2}.get(row.loss, 1))
-        attacked = row.loss_settings.get("steps", 10) if "epsilon" in row.loss_settings else 0
-        passes = 3 * (copies + (row.loss == "stability")) + 3 * copies * attacked  # backward costs about two forwards
-        if row.method == "coordinator":
-            training += forward * row.steps * row.batch * 2 * row.spsa.get("repeats", 5)
+        certifying.append(forward * len(test.take(row.images)) * (row.n0 + row.n))
+        if row.training_digest() not in seen:
+            seen.add(row.training_digest())
+            training.append(forward * training_passes(row, len(train.take(row.train_images))))
+    share = len(rows) / max(1, len(certifying))
+    return sum(training) * share, sum(certifying) * share
+
+
+def training_passes(row: Row, images: int) -> float:
+    """Forward passes that a training costs, a backward pass counted as two."""
+    if row.method == "clean":
+        return 0.0
+    if row.method == "coordinator":
+        return row.steps * row.batch * 2 * row.spsa.get("repeats", 5)
+    copies = row.loss_settings.get("copies", {"macer": 16, "smoothadv": 2, "consistency": 2}.get(row.loss, 1))
+    attacked = row.loss_settings.get("steps", 10) if "epsilon" in row.loss_settings else 0
+    passes = 3 * (copies + (row.loss == "stability")) + 3 * copies * attacked
+    return row.epochs * images * (1 - row.validation) * passes
+
+
+class Maker:
+    """Trains, certifies and keeps rows of one table."""
+
+    def __init__(self, rows: list[Row], kept: Path, work: Path, device: str | None) -> None:
+        self.rows, self.kept, self.work, self.device = {row.name: row for row in rows}, kept, work, device
+        self._opened: dict[str, tuple[data.Images, data.Images]] = {}
+
+    def images(self, name: str) -> tuple[data.Images, data.Images]:
+        """Training and test images of a data set."""
+        if name not in self._opened:
+            self._opened[name] = data.load(name, split="train"), data.load(name)
+        return self._opened[name]
+
+    def trained(self, name: str) -> Fitted:
+        """A row's classifier, trained now unless its training is finished already."""
+        row = self.rows[name]
+        out = self.work / f"training-{row.training_digest(self.rows)}"
+        fitted = train_row(
+            row, self.images(row.data)[0], trained=lambda other: self.trained(other).model, device=self.device, out=out
+        )
+        if fitted.interrupted:
+            sys.exit(f"{row.name}: interrupted; the same command goes on")
+        return fitted
+
+    def make(self, row: Row) -> None:
+        new = self.kept / f".{row.name}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        alike = next((path for path in sorted(self.kept.parent.glob("*/*")) if _is_alike(path, row)), None)
+        if alike is not None:
+            say(f"{row.name}: is {alike.parent.name}/{alike.name}, copied from there")
+            shutil.copytree(alike, new)
+            relabel(new, row)
         else:
-            training += forward * row.epochs * len(train) * (1 - row.validation) * passes
-    return training, certifying
+            votes = self.work / self.kept.name / f"votes-{row.name}"
+            fitted = self.trained(row.name)
+            record = certify_row(row, fitted.model, self.images(row.data)[1].take(row.images), out=votes)
+            keep_row(row, fitted, record, new, made_from=origins(row, self.rows))
+            shutil.rmtree(votes)
+        shutil.rmtree(self.kept / row.name, ignore_errors=True)
+        new.rename(self.kept / row.name)
 
 
-def make(row: Row, images: tuple[data.Images, data.Images], kept: Path, work: Path) -> None:
-    train, test = images
-    fitted = train_row(row, train, out=work / f"training-{row.training_digest}")
-    if fitted.interrupted:
-        sys.exit(f"{row.name}: interrupted; the same command goes on")
-    record = certify_row(row, fitted.model, test.take(row.images), out=work / f"votes-{row.name}")
-    new = kept / f".{row.name}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    keep_row(row, fitted, record, new)
-    shutil.rmtree(kept / row.name, ignore_errors=True)
-    new.rename(kept / row.name)
-    shutil.rmtree(work / f"votes-{row.name}")
+def _is_alike(path: Path, row: Row) -> bool:
+    try:
+        return not row.made_from and read_card(path)[0].made_like(row)
+    except (RowError, NotADirectoryError):
+        return False
 
 
 def make_table(
-    table: str, *, only: list[str] | None = None, again: bool = False, settings: Path = SETTINGS, kept: Path = KEPT,
-    work: Path = BUILD,
+    table: str, *, variant: str | None = None, only: list[str] | None = None, again: bool = False,
+    settings: Path = SETTINGS, kept: Path = KEPT, work: Path = BUILD, device: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Make the missing rows of a table; returns their names."""
-    rows = load_rows(settings / f"{table}.yaml")
-    unknown = sorted(set(only or ()) - {row.name for row in rows})
+    rows = load_rows(settings / f"{table}.yaml", variant)
+    by_name = {row.name: row for row in rows}
+    unknown = sorted(set(only or ()) - by_name.keys())
     if unknown:
-        raise RowError(f"{table} has no row {', '.join(unknown)}; there are {', '.join(r.name for r in rows)}")
-    kept, work = kept / table, work / table
+        raise RowError(f"{table} has no row {', '.join(unknown)}; there are {', '.join(by_name)}")
+    kept = kept / (table if variant is None else f"{table}-{variant}")
     chosen = [row for row in rows if not only or row.name in only]
-    states = {row.name: state(row, kept) for row in chosen}
+    states = {row.name: state(row, kept, by_name) for row in chosen}
     changed = [name for name, what in states.items() if what == "changed"]
     if changed and not again:
         say(f"kept from other settings, or unreadable: {', '.join(changed)}; --again makes them anew")
     todo = [row for row in chosen if states[row.name] == "missing" or (again and (only or states[row.name] != "kept"))]
     if not todo:
-        say(f"{table}: nothing to make, {sum(s == 'kept' for s in states.values())} rows are kept")
+        say(f"{kept.name}: nothing to make, {sum(s == 'kept' for s in states.values())} rows are kept")
         return []
-    images = {name: (data.load(name, split="train"), data.load(name)) for name in {row.data for row in todo}}
-    training, certifying = cost(todo, images)
+    maker = Maker(rows, kept, work, device)
+    training, certifying = cost(todo, {row.data: maker.images(row.data) for row in todo})
     say(
-        f"{table}: {len(todo)} rows to make, about {format_seconds(training)} of training and {format_seconds(certifying)} "
-        f"of certifying on this machine; an interrupted run goes on"
+        f"{kept.name}: {len(todo)} rows to make, about {format_seconds(training)} of training and "
+        f"{format_seconds(certifying)} of certifying on this machine; an interrupted run goes on"
     )
     for number, row in enumerate(todo, start=1):
         say(f"row {number} of {len(todo)}: {row.name}")
         if again:
-            shutil.rmtree(work / f"votes-{row.name}", ignore_errors=True)
-        make(row, images[row.data], kept, work)
+            shutil.rmtree(work / kept.name / f"votes-{row.name}", ignore_errors=True)
+            shutil.rmtree(kept / row.name, ignore_errors=True)
+        maker.make(row)
     return [row.name for row in todo]
 
 
@@ -114,14 +170,20 @@ def main() -> None:
     parser.add_argument("table", choices=sorted(p.stem for p in SETTINGS.glob("*.yaml")))
     parser.add_argument("--only", nargs="+", metavar="ROW")
     parser.add_argument("--again", action="store_true", help="also rows whose settings changed, or all of --only")
+    parser.add_argument("--variant", help="settings of the table that go over all others, as reduced")
+    parser.add_argument("--device", help="where to train, as cuda; certifying finds its own")
     parser.add_argument("--list", action="store_true", help="say which rows there are, and make none")
     options = parser.parse_args()
     try:
         if options.list:
-            for row in load_rows(SETTINGS / f"{options.table}.yaml"):
-                print(f"{state(row, KEPT / options.table):8} {row.name}")
+            rows = load_rows(SETTINGS / f"{options.table}.yaml", options.variant)
+            kept = KEPT / (f"{options.table}-{options.variant}" if options.variant else options.table)
+            for row in rows:
+                print(f"{state(row, kept, {r.name: r for r in rows}):8} {row.name}")
             return
-        make_table(options.table, only=options.only, again=options.again)
+        make_table(
+            options.table, variant=options.variant, only=options.only, again=options.again, device=options.device
+        )
     except RowError as error:
         sys.exit(str(error))
 

@@ -122,7 +122,7 @@ def _add_certify(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--split", default="test", help="test, train, or validation where there is one")
-    parser.add_argument("--subset", default="all", help="all, first:100, every:20 or range:500:1000")
+    parser.add_argument("--subset", default="all", help="all, first:100, every:20, range:500:1000 or classes:6-9")
     parser.add_argument(
         "--size", type=int, default=None, help="resize and crop pictures to this size (folders, parquet, ImageNet)"
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smoothkit.noise import content_digest, image_id, off_grid
 
-SOURCES = ("digits", "cifar10", "imagenet", "folder:PATH", "parquet:PATH")
+SOURCES = ("digits", "cifar10", "tiny-imagenet-32", "imagenet", "folder:PATH", "parquet:PATH")
 UNLABELLED = -1
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -91,8 +91,28 @@ class Images:
         return content_digest(self[i])
 
     def take(self, rule: str) -> "Images":
-        """A subset by a stated rule: `all`, `first:100`, `every:20` (0, 20, 40, ...), `range:500:1000`."""
-        chosen = subset_indices(rule, len(self))
+        """A subset by a stated rule: `all`, `first:100`, `every:20` (0, 20, 40, ...), `range:500:1000`.
+
+        `classes:6-9` takes the images of classes 6 to 9 and numbers these anew from 0; a comma joins rules, each of
+        what the one before left, as `classes:6-9,every:2`.
+        """
+        images = self
+        for part in rule.split(","):
+            images = images._of_classes(part) if part.startswith("classes:") else images._take(part)
+        return images
+
+    def _of_classes(self, rule: str) -> "Images":
+        first, last = class_range(rule, len(self.class_names) or int(self.labels.max()) + 1)
+        chosen = np.flatnonzero((self.labels >= first) & (self.labels <= last))
+        if not len(chosen):
+            raise ValueError(f"{self.name} has no image of the classes in {rule!r}")
+        part = self._chosen(chosen, rule)
+        return dataclasses.replace(part, labels=part.labels - first, class_names=self.class_names[first : last + 1])
+
+    def _take(self, rule: str) -> "Images":
+        return self._chosen(subset_indices(rule, len(self)), rule)
+
+    def _chosen(self, chosen: np.ndarray, rule: str) -> "Images":
         subset = rule if self.subset == "all" else f"{self.subset},{rule}"
         return dataclasses.replace(
             self,
@@ -104,10 +124,21 @@ class Images:
         )
 
 
+def class_range(rule: str, classes: int) -> tuple[int, int]:
+    """First and last class of a rule `classes:6-9`."""
+    found = re.fullmatch(r"classes:(\d+)-(\d+)", rule)
+    first, last = map(int, found.groups()) if found else (1, 0)
+    if not first <= last < classes:
+        raise ValueError(
+            f"subset rule {rule!r} must name two classes within 0..{classes - 1}, as classes:0-{classes - 1}"
+        )
+    return first, last
+
+
 def subset_indices(rule: str, n: int) -> np.ndarray:
     """The positions a subset rule chooses out of n."""
     kind, *numbers = rule.split(":")
-    remedy = "use all, first:100, every:20 or range:500:1000"
+    remedy = "use all, first:100, every:20, range:500:1000 or classes:6-9"
     if (kind, len(numbers)) not in {("all", 0), ("first", 1), ("every", 1), ("range", 2)}:
         raise ValueError(f"unknown subset rule {rule!r}; {remedy}")
     if not all(re.fullmatch(r"\d+", x) for x in numbers):
@@ -162,7 +193,7 @@ def load(name: str, *, split: str = "test", subset: str = "all", size: int | Non
     Parameters
     ----------
     name : str
-        `digits`, `cifar10`, `imagenet`, `folder:PATH` or `parquet:PATH`.
+        `digits`, `cifar10`, `tiny-imagenet-32`, `imagenet`, `folder:PATH` or `parquet:PATH`.
     split : str
         `test`, `train`, and `validation` for digits. Ignored for `folder:` and `parquet:`.
     subset : str
@@ -288,7 +319,8 @@ def _cifar10(split: str, size: int | None) -> Images:
     for folder in (root / "cifar10", root / "cifar10" / "plain_text", root / "cifar10-jpeg"):
         files = sorted(folder.glob(f"{split}*.parquet"))
         if files:
-            return _parquet(files, dataset="cifar10", split=split, size=None, class_names=CIFAR10_CLASSES)
+            name = "cifar10-jpeg75" if folder.name == "cifar10-jpeg" else "cifar10"  # not the same pixels
+            return _parquet(files, dataset=name, split=split, size=None, class_names=CIFAR10_CLASSES)
     for folder in (root, root / "cifar10"):
         if (folder / "cifar-10-batches-py").is_dir():
             return _cifar10_torchvision(folder, split)
@@ -319,6 +351,22 @@ def download_cifar10(root: str | os.PathLike | None = None) -> Path:
     return folder
 
 
+def _tiny_imagenet_32(split: str, size: int | None) -> Images:
+    """Tiny ImageNet at 32x32, 202 classes: 500 training images each, and 50 of its validation part as `test`."""
+    _refuse_size("tiny-imagenet-32", size, 32)
+    pattern = _choose("tiny-imagenet-32", split, {"train": "train*.parquet", "test": "val*.parquet"})
+    folder = _data_root("tiny-imagenet-32") / "tiny-imagenet-32"
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise DataMissing(
+            f"tiny-imagenet-32 is not in {folder}; python data/make_datasets.py tiny-imagenet-32 makes it"
+        )
+    names = folder / "classes.tsv"
+    lines = names.read_text(encoding="utf-8").splitlines()[1:] if names.is_file() else []
+    classes = tuple(line.split("\t")[2] for line in lines)
+    return _parquet(files, dataset="tiny-imagenet-32", split=split, size=None, class_names=classes)
+
+
 def _imagenet(split: str, size: int | None) -> Images:
     folders = _choose("imagenet", split, {"test": ("val", "validation"), "train": ("train",)})
     root = _data_root("imagenet") / "imagenet"
@@ -334,7 +382,7 @@ def _imagenet(split: str, size: int | None) -> Images:
     )
 
 
-_NAMED = {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet}
+_NAMED = {"digits": _digits, "cifar10": _cifar10, "tiny-imagenet-32": _tiny_imagenet_32, "imagenet": _imagenet}
 
 
 def _choose(dataset: str, split: str, parts: dict):

@@ -98,6 +98,51 @@ def wrap(network: nn.Module, **preprocessing) -> BaseClassifier:
     return BaseClassifier(network, **preprocessing)
 
 
+def save_local(
+    base_classifier: BaseClassifier, folder: str | Path, *, architecture: str, model_args: dict | None = None
+) -> Path:
+    """Write a base classifier as `load("local-dir:FOLDER")` reads it: timm's hub layout, safetensors.
+
+    Parameters
+    ----------
+    base_classifier : BaseClassifier
+        Around a timm network, without an adapter (merge it first).
+    folder : path
+    architecture : str
+        The timm name that the network was made with.
+    model_args : dict, optional
+        What `timm.create_model` was given beside it, as `img_size=32`.
+
+    Raises
+    ------
+    ValueError
+        If the network is no plain timm network.
+    """
+    from timm.models import save_for_hf
+
+    network, folder = base_classifier.network, Path(folder)
+    known = getattr(network, "pretrained_cfg", None)
+    if type(base_classifier).forward is not BaseClassifier.forward or not known:
+        raise ValueError(
+            f"{base_classifier.name} is not a plain timm network; save an adapter with its save(), or merge it first"
+        )
+    channels, *size = known["input_size"]
+    config = {
+        "architecture": architecture, "input_size": [base_classifier.channels or channels, *(base_classifier.size or size)],
+        "fixed_input_size": bool(known.get("fixed_input_size")), "interpolation": base_classifier.interpolation,
+        "crop_pct": 1.0, "mean": base_classifier.mean.flatten().tolist(), "std": base_classifier.std.flatten().tolist(),
+        "num_classes": network.num_classes, "label_names": list(base_classifier.class_names) or None,
+        "first_conv": known.get("first_conv"), "classifier": known.get("classifier"), "tag": folder.name,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    network_args = {k: v for k, v in (model_args or {}).items() if k != "size"}
+    save_for_hf(
+        network, str(folder), model_config={"pretrained_cfg": config}, model_args=network_args, safe_serialization=True
+    )
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    return folder
+
+
 # --- loading by name -------------------------------------------------------------------------------
 
 
@@ -111,7 +156,9 @@ def starter_card(name: str) -> dict:
     return json.loads((_starter_folder(name) / "card.json").read_text())
 
 
-def load(name: str, *, pretrained: bool = True, num_classes: int | None = None, **model_args) -> BaseClassifier:
+def load(
+    name: str, *, pretrained: bool = True, num_classes: int | None = None, size: int | None = None, **model_args
+) -> BaseClassifier:
     """A base classifier by name, in eval mode.
 
     Parameters
@@ -123,8 +170,10 @@ def load(name: str, *, pretrained: bool = True, num_classes: int | None = None, 
         Load weights; False gives random ones, from torch's global generator.
     num_classes : int, optional
         A new head of that many classes.
+    size : int, optional
+        Give the network images of this height and width, in place of the size that it was made for.
     model_args
-        Handed to `timm.create_model`, as `img_size=32`.
+        Handed to `timm.create_model`; `img_size=32` also sets `size`.
 
     Raises
     ------
@@ -133,6 +182,14 @@ def load(name: str, *, pretrained: bool = True, num_classes: int | None = None, 
     FileNotFoundError
         If weights are not at hand and cannot be fetched.
     """
+    base = _load(name, pretrained, num_classes, model_args)
+    wanted = size or model_args.get("img_size")
+    if wanted is not None:
+        base.size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+    return base
+
+
+def _load(name: str, pretrained: bool, num_classes: int | None, model_args: dict) -> BaseClassifier:
     source, _, location = name.partition(":")
     if Path(location or name).suffix.lower() in PICKLE_SUFFIXES:
         raise ValueError(

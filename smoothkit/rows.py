@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     from smoothkit.training import Fitted
 
 CARD = "card.json"
-METHODS = ("clean", "full", "lora", "bottleneck", "prompts", "certifying", "coordinator")
+METHODS = ("clean", "full", "head", "lora", "bottleneck", "prompts", "certifying", "ensemble", "coordinator")
+WITHOUT_ADAPTER = ("clean", "full", "head")
 LOSSES = ("gaussian", "smoothadv", "macer", "consistency", "stability")
 ATTACKS = ("pgd", "ddn")
 RADII = (0.0, 0.25, 0.5, 0.75)
 _SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
+OF_ROW, RANDOM = "row:", "random:"  # in front of a base: another row's classifier; an architecture with new weights
 _CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images")  # say nothing about how it is trained
 
 
@@ -59,9 +61,12 @@ class Row:
     """One trained classifier of a table, and how it is certified.
 
     `sigma` is the certificate's noise level, and that of training unless `schedule` says otherwise (see
-    `training.schedules.parse`; `clean` is no noise). `method` is what is trained: nothing (`clean`), the whole base
-    (`full`), or an adapter with the settings in `adapter`, the keyword arguments of the function of that name in
-    `smoothkit.adapters`. `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
+    `training.schedules.parse`; `clean` is no noise). `base` is a name for `models.load`, with `model_args`; `random:`
+    in front leaves its weights random, and `row:NAME` is the classifier of another row. `num_classes` puts a new head
+    on it. `method` is what is trained: nothing (`clean`), the whole base (`full`), its head (`head`), or an adapter with
+    the settings in `adapter`, the keyword arguments of the function of that name in `smoothkit.adapters`; an `ensemble`
+    has `members: {SIGMA: row:NAME}` there. `images` are certified, `train_images` trained on, both by `Images.take`.
+    `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
     `steps`, `step_size`, `gamma`, `levels`. A coordinator takes `steps` and `spsa` in place of epochs and lr, and
     `adapter: {encoder: MODEL}`.
     """
@@ -72,7 +77,10 @@ class Row:
     note: str = ""
     method: str = "full"
     base: str = "starter:digits-vit-clean"
+    model_args: dict = dataclasses.field(default_factory=dict)
+    num_classes: int | None = None
     data: str = "digits"
+    train_images: str = "all"
     loss: str = "gaussian"
     loss_settings: dict = dataclasses.field(default_factory=dict)
     schedule: str = ""
@@ -103,6 +111,9 @@ class Row:
             _check_type(field.name, field.type, getattr(self, field.name))
         object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "title", self.title or self.name)
+        if "members" in self.adapter:  # as a card's JSON has them
+            members = {f"{float(sigma):g}": str(name) for sigma, name in self.adapter["members"].items()}
+            object.__setattr__(self, "adapter", self.adapter | {"members": members})
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", self.name):
             raise RowError(
                 f"name must be lower-case letters, digits, . - and _ (it becomes a folder), got {self.name!r}"
@@ -113,17 +124,26 @@ class Row:
         check_alpha(self.alpha)
         if self.method == "coordinator" and self.steps is None:
             raise RowError("a coordinator is trained by steps, not epochs; give steps: 500")
-        if self.adapter and self.method in {"clean", "full"}:
+        if self.adapter and self.method in WITHOUT_ADAPTER:
             raise RowError(f"adapter settings {sorted(self.adapter)} with method {self.method}, which has no adapter")
 
     @property
-    def training_digest(self) -> str:
-        """Of all that training depends on: rows with the same one are the same trained classifier."""
+    def made_from(self) -> tuple[str, ...]:
+        """Names of the rows whose classifiers this one starts from."""
+        named = [self.base, *(self.adapter.get("members") or {}).values()]
+        return tuple(name.removeprefix(OF_ROW) for name in named if str(name).startswith(OF_ROW))
+
+    def training_digest(self, rows: "dict[str, Row] | None" = None) -> str:
+        """Of all that training depends on: rows with the same one are the same trained classifier.
+
+        `rows` holds, by name, the rows that this one is made from.
+        """
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING)}
         settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
         del settings["sigma"]
         if self.method == "clean":
-            settings = {k: settings[k] for k in ("method", "base")}
+            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes")}
+        settings["made_from"] = [rows[name].training_digest(rows) for name in self.made_from]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -136,11 +156,12 @@ class Row:
 # --- settings --------------------------------------------------------------------------------------
 
 
-def load_rows(path: str | Path) -> list[Row]:
+def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
     """The rows of a table from a YAML file.
 
     `defaults` holds settings for all rows and `rows` a list of settings. Where `sigma` or `seed` is a list, a row is
-    made for each, named NAME-SIGMA and NAME-seedSEED.
+    made for each, named NAME-SIGMA and NAME-seedSEED, and `{sigma}` in a base's or a member's name becomes SIGMA.
+    `variants` maps names to settings that go over all others, as those of a reduced run.
 
     Raises
     ------
@@ -154,7 +175,10 @@ def load_rows(path: str | Path) -> list[Row]:
         raise RowError(f"{path.name} is no YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise RowError(f"{path.name} must map `rows` to a list of rows (and may have `title` and `defaults`)")
-    _check_keys(f"{path.name}: ", content, ("title", "defaults", "rows"))
+    _check_keys(f"{path.name}: ", content, ("title", "defaults", "variants", "rows"))
+    variants = content.get("variants") or {}
+    if variant is not None:
+        _check_one_of(f"{path.name}: variant", variant, list(variants))
     rows = []
     for number, settings in enumerate(content["rows"], start=1):
         if not isinstance(settings, dict) or "name" not in settings:
@@ -162,7 +186,7 @@ def load_rows(path: str | Path) -> list[Row]:
                 f"{path.name}: row {number} must map settings to values, `name` among them; got {settings!r}"
             )
         where = f"{path.name}, row {settings['name']}: "
-        merged = {**(content.get("defaults") or {}), **settings}
+        merged = {**(content.get("defaults") or {}), **settings, **variants.get(variant, {})}
         _check_keys(where, merged, [f.name for f in dataclasses.fields(Row)])
         if "sigma" not in merged:
             raise RowError(f"{where}sigma is missing; it is the noise level to certify at")
@@ -174,6 +198,10 @@ def load_rows(path: str | Path) -> list[Row]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RowError(f"{path.name} has two rows named {', '.join(twice)}")
+    for number, row in enumerate(rows):
+        later = [name for name in row.made_from if name not in names[:number]]
+        if later:
+            raise RowError(f"{path.name}, row {row.name}: made from {', '.join(later)}, which is no row before it")
     return rows
 
 
@@ -184,7 +212,7 @@ def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
         if isinstance(values, list):
             spread = [
                 {
-                    **one,
+                    **(_filled(one, form.format(value)) if key == "sigma" else one),
                     key: value,
                     "name": f"{one['name']}-{form.format(value)}",
                     "title": one.get("title", one["name"]) + words.format(value),
@@ -193,6 +221,13 @@ def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
                 for value in values
             ]
     return spread
+
+
+def _filled(value: Any, sigma: str) -> Any:
+    """`{sigma}` in every text replaced."""
+    if isinstance(value, dict):
+        return {k: _filled(v, sigma) for k, v in value.items()}
+    return value.replace("{sigma}", sigma) if isinstance(value, str) else value
 
 
 def _checked(row: Row) -> Row:
@@ -204,10 +239,10 @@ def _checked(row: Row) -> Row:
         parse(row.schedule or row.sigma)
         _loss(row)
     _check_keys("spsa: ", row.spsa, [f.name for f in dataclasses.fields(SPSA)])
-    if row.method not in {"clean", "full"}:
+    if row.method not in WITHOUT_ADAPTER:
         function = getattr(adapters, row.method)
         known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        more = ["encoder"] if row.method == "coordinator" else []
+        more = {"coordinator": ["encoder"], "ensemble": ["members"]}.get(row.method, [])
         _check_keys(f"adapter ({row.method}): ", row.adapter, [k for k in known if k != "seed"] + more)
     return row
 
@@ -266,7 +301,13 @@ def _check_type(name: str, wanted: Any, value: Any) -> None:
 # --- making ----------------------------------------------------------------------------------------
 
 
-def build(row: Row, base: "BaseClassifier | None" = None, *, image_shape: tuple[int, int, int] | None = None):
+def build(
+    row: Row,
+    base: "BaseClassifier | None" = None,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    trained: "Callable[[str], BaseClassifier] | None" = None,
+) -> "BaseClassifier":
     """The classifier of a row before training: what is trained has `requires_grad`.
 
     Parameters
@@ -276,13 +317,20 @@ def build(row: Row, base: "BaseClassifier | None" = None, *, image_shape: tuple[
         In place of the one that `row.base` names, as for a base that was itself just trained. It is copied.
     image_shape : (C, H, W), optional
         Of the images; a coordinator needs it.
+    trained : callable, optional
+        Gives the trained classifier of another row by its name, where this one is made from others.
     """
     from smoothkit import adapters, models
 
-    base = models.load(row.base) if base is None else base
-    if row.method in {"clean", "full"}:
-        return copy.deepcopy(base).requires_grad_(row.method == "full").eval()
+    if row.method == "ensemble":
+        members = {float(s): trained(name.removeprefix(OF_ROW)) for s, name in row.adapter["members"].items()}
+        return adapters.ensemble(members, seed=row.seed, design=row.adapter.get("design", "logits"))
+    base = _base(row, trained) if base is None else base
+    if row.method in WITHOUT_ADAPTER:
+        return _whole(row, base)
     settings = {"seed": row.seed, **row.adapter}
+    if row.num_classes is not None:
+        settings |= {"num_classes": row.num_classes, "class_names": ()}
     if row.method != "coordinator":
         return getattr(adapters, row.method)(base, **settings)
     encoder = settings.pop("encoder", None)
@@ -290,11 +338,39 @@ def build(row: Row, base: "BaseClassifier | None" = None, *, image_shape: tuple[
     return adapters.coordinator(base, encoder, image_shape=image_shape, **settings)
 
 
+def _base(row: Row, trained: "Callable[[str], BaseClassifier] | None") -> "BaseClassifier":
+    from smoothkit import models
+    from smoothkit.adapters.base import seeded
+
+    if row.base.startswith(OF_ROW):
+        return trained(row.base.removeprefix(OF_ROW))
+    if not row.base.startswith(RANDOM):
+        return models.load(row.base, **row.model_args)
+    with seeded(row.seed):
+        return models.load(row.base.removeprefix(RANDOM), pretrained=False, **row.model_args)
+
+
+def _whole(row: Row, base: "BaseClassifier") -> "BaseClassifier":
+    """A copy of the base, with a new head if asked for, of which nothing, all or the head is trained."""
+    from smoothkit.adapters.base import prepare_head, seeded
+
+    model = copy.deepcopy(base).requires_grad_(False)
+    if row.num_classes is not None or row.method == "head":
+        with seeded(row.seed):
+            prepare_head(model.network, "trained", row.num_classes)
+        model.class_names = model.class_names if row.num_classes is None else ()
+    if row.method != "head":
+        model.requires_grad_(row.method == "full")
+    return model.eval()
+
+
 def train_row(
     row: Row,
     images_train: "Images",
     *,
     base: "BaseClassifier | None" = None,
+    trained: "Callable[[str], BaseClassifier] | None" = None,
+    device: str | None = None,
     progress: bool = True,
     on_epoch: Callable[[list[dict[str, Any]]], None] | None = None,
     out: str | Path | None = None,
@@ -305,9 +381,11 @@ def train_row(
     ----------
     row : Row
     images_train : Images
-        Labelled; a test split is refused.
-    base : BaseClassifier, optional
+        Labelled; a test split is refused. `row.train_images` of them are trained on.
+    base, trained : optional
         As in `build`.
+    device : str, optional
+        Where to train; where the base is if not given.
     progress, on_epoch
         As in `training.fit`; a coordinator calls `on_epoch` at every report.
     out : path, optional
@@ -321,9 +399,13 @@ def train_row(
     from smoothkit.adapters import trainable
     from smoothkit.training import SPSA, Fitted, crop_and_flip, fit, fit_gradient_free
 
-    model = build(row, base, image_shape=tuple(images_train[0].shape))
-    if row.method == "clean":
+    model = build(row, base, image_shape=tuple(images_train[0].shape), trained=trained)
+    if device is not None:
+        model.to(device)
+    if not trainable(model).trained:
         return Fitted(model, [], trainable(model), 0, 0.0, False, None)
+    if row.train_images != "all":
+        images_train = images_train.take(row.train_images)
     shared = dict(
         schedule=row.schedule or row.sigma, batch=row.batch, augment=crop_and_flip if row.crop_and_flip else None,
         validation=row.validation or None, seed=row.seed, out=out, resume=out is not None, progress=progress,
@@ -359,13 +441,30 @@ def certify_row(
     return smoothed.sample(images, out=out, progress=progress, **settings)
 
 
-def keep_row(row: Row, fitted: "Fitted", record: Record, folder: str | Path) -> Path:
-    """Write the record as one part with `card.json` beside it: settings, trained parameters, seconds, versions."""
+def keep_row(
+    row: Row, fitted: "Fitted", record: Record, folder: str | Path, made_from: dict[str, str] | None = None
+) -> Path:
+    """Write the record as one part with `card.json` beside it: settings, trained parameters, seconds, versions.
+
+    `made_from` holds the digests of the rows it started from.
+    """
     folder = Path(folder)
     compact(record, folder)
-    card = make_card(row, fitted, record)
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    card = make_card(row, fitted, record) | ({"made_from": made_from} if made_from else {})
+    _write_card(folder, card)
     return folder
+
+
+def relabel(folder: str | Path, row: Row) -> None:
+    """Give a kept row the name, title and note of another that is made like it."""
+    known, card = read_card(folder)
+    if not known.made_like(row):
+        raise RowError(f"{Path(folder).name} is not made like {row.name}")
+    _write_card(Path(folder), card | {"row": dataclasses.asdict(row)})
+
+
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 def make_card(row: Row, fitted: "Fitted", record: Record) -> dict[str, Any]:

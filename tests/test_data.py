@@ -65,7 +65,7 @@ def test_subset_rules(digits, rule, index):
 
 @pytest.mark.parametrize("rule", ["every", "each:20", "first:0", "first:x", "range:9:9", "first:-1", ""])
 def test_unknown_subset_rules(digits, rule):
-    with pytest.raises(ValueError, match="use all, first:100, every:20 or range:500:1000"):
+    with pytest.raises(ValueError, match="use all, first:100, every:20, range:500:1000 or classes:6-9"):
         digits.take(rule)
 
 

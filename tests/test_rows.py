@@ -104,11 +104,11 @@ def test_wrong_files_say_so(text, message, tmp_path):
 
 def test_rows_that_are_certified_otherwise_share_their_training():
     one = Row("a", 0.25)
-    assert one.training_digest == dataclasses.replace(one, name="b", n=5_000).training_digest
-    assert one.training_digest != dataclasses.replace(one, sigma=0.5).training_digest  # its noise follows sigma
+    assert one.training_digest() == dataclasses.replace(one, name="b", n=5_000).training_digest()
+    assert one.training_digest() != dataclasses.replace(one, sigma=0.5).training_digest()  # its noise follows sigma
     control = dataclasses.replace(one, schedule="clean")
-    assert control.training_digest == dataclasses.replace(control, sigma=0.5).training_digest
-    assert one.training_digest == dataclasses.replace(one, schedule="fixed:0.25").training_digest
+    assert control.training_digest() == dataclasses.replace(control, sigma=0.5).training_digest()
+    assert one.training_digest() == dataclasses.replace(one, schedule="fixed:0.25").training_digest()
     assert one.made_like(dataclasses.replace(one, title="A")) and not one.made_like(dataclasses.replace(one, n=500))
 
 

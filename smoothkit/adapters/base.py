@@ -218,6 +218,8 @@ def prepare_head(network: nn.Module, head: str, num_classes: int | None) -> tupl
         if head == "frozen":
             raise ValueError("a new head (num_classes=) starts at random and must be trained; give head='trained'")
         replace_module(network, name, nn.Linear(network.get_submodule(name).in_features, num_classes))
+        if hasattr(network, "num_classes"):
+            network.num_classes = num_classes  # timm writes it into a saved network's config
     network.get_submodule(name).requires_grad_(True)
     return (f"network.{name}.",)
 
