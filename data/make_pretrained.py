@@ -1,4 +1,4 @@
-"""Train the base classifiers of data/rows/pretraining.yaml and write each as a starter, with a card.
+"""Train the base classifiers of data/pretraining.yaml and write each as a starter, with a card.
 
     python data/make_pretrained.py [--variant reduced] [--only tin32-vit-clean ...] [--device cuda]
 
@@ -21,7 +21,7 @@ from smoothkit.rows import Row, RowError, build, load_rows, train_row
 from smoothkit.training import Fitted
 
 HERE = Path(__file__).parent
-SETTINGS, STARTERS, BUILD = HERE / "rows" / "pretraining.yaml", HERE / "starters", HERE.parent / "runs" / "pretraining"
+SETTINGS, STARTERS, BUILD = HERE / "pretraining.yaml", HERE / "starters", HERE.parent / "runs" / "pretraining"
 
 
 def card(row: Row, variant: str | None, fitted: Fitted, images: data.Images, weights: Path) -> dict:

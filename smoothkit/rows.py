@@ -205,6 +205,20 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
     return rows
 
 
+def open_table(name: str) -> tuple[dict[str, Row], Path]:
+    """The rows of one of the workbook's tables by name, and the folder with their records.
+
+    `name` is that of a file in data/rows, with `:VARIANT` for one of its variants, as `cifar10-peft:reduced`.
+    """
+    from smoothkit.data import data_dir
+
+    table, _, variant = name.partition(":")
+    known = sorted(path.stem for path in (data_dir() / "rows").glob("*.yaml"))
+    _check_one_of("table", table, known)
+    rows = load_rows(data_dir() / "rows" / f"{table}.yaml", variant or None)
+    return {row.name: row for row in rows}, data_dir() / "records" / "rows" / name.replace(":", "-")
+
+
 def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
     spread = [settings]
     for key, form, words in (("sigma", "{:.2f}", ""), ("seed", "seed{}", ", seed {}")):
