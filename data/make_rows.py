@@ -5,10 +5,11 @@
 Settings come from data/rows/TABLE.yaml; votes and card go to data/records/rows/TABLE/ROW (TABLE-VARIANT for a variant).
 Trainings (checkpoints) and votes under way are kept in runs/rows, where an interrupted run goes on; rows that differ only
 in how they are certified share a training, of all tables, and a row that another table has is copied from there. Seeded:
-the same versions on the same kind of processor give the same rows.
+the same versions on the same kind of processor give the same rows. A row with `keep: starter:NAME` writes that starter.
 """
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import time
@@ -19,10 +20,25 @@ import torch
 from smoothkit import data
 from smoothkit.attacks import noisy_logits
 from smoothkit.progress import format_seconds, say
-from smoothkit.rows import Row, RowError, build, certify_row, keep_row, load_rows, read_card, relabel, train_row
+from smoothkit.rows import (
+    STARTER,
+    Row,
+    RowError,
+    build,
+    certify_row,
+    finish,
+    keep_row,
+    load_rows,
+    read_card,
+    relabel,
+    save_classifier,
+    save_starter,
+    train_row,
+)
 from smoothkit.training import Fitted
 
 HERE = Path(__file__).parent
+STARTERS = HERE / "starters"
 SETTINGS, KEPT, BUILD = HERE / "rows", HERE / "records" / "rows", HERE.parent / "runs" / "rows"
 TRIAL = 64  # images to measure a forward pass with
 
@@ -86,6 +102,7 @@ class Maker:
 
     def __init__(self, rows: list[Row], kept: Path, work: Path, device: str | None) -> None:
         self.rows, self.kept, self.work, self.device = {row.name: row for row in rows}, kept, work, device
+        self.starters = STARTERS
         self._opened: dict[str, tuple[data.Images, data.Images]] = {}
 
     def images(self, name: str) -> tuple[data.Images, data.Images]:
@@ -103,7 +120,7 @@ class Maker:
         )
         if fitted.interrupted:
             sys.exit(f"{row.name}: interrupted; the same command goes on")
-        return fitted
+        return dataclasses.replace(fitted, model=finish(row, fitted.model))
 
     def make(self, row: Row) -> None:
         new = self.kept / f".{row.name}.new"
@@ -118,6 +135,11 @@ class Maker:
             fitted = self.trained(row.name)
             record = certify_row(row, fitted.model, self.images(row.data)[1].take(row.images), out=votes)
             keep_row(row, fitted, record, new, made_from=origins(row, self.rows))
+            if isinstance(row.keep, str):
+                trained_on = self.images(row.data)[0].take(row.train_images)
+                save_starter(row, fitted, trained_on, self.starters / row.keep.removeprefix(STARTER))
+            elif row.keep:
+                save_classifier(row, fitted.model, new)
             shutil.rmtree(votes)
         shutil.rmtree(self.kept / row.name, ignore_errors=True)
         new.rename(self.kept / row.name)

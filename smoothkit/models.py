@@ -4,11 +4,12 @@ Resize and normalisation live inside, after the noise, so sigma and radius keep 
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class BaseClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
         self.size, self.channels, self.interpolation = size, channels, interpolation
         self.class_names, self.name = tuple(class_names), name or type(network).__name__
+        self.made_with: dict | None = None  # what timm.create_model was given, if the network came from there
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.preprocess(images))
@@ -98,20 +100,16 @@ def wrap(network: nn.Module, **preprocessing) -> BaseClassifier:
     return BaseClassifier(network, **preprocessing)
 
 
-def save_local(
-    base_classifier: BaseClassifier, folder: str | Path, *, architecture: str, model_args: dict | None = None
-) -> Path:
+def save_local(base_classifier: BaseClassifier, folder: str | Path) -> Path:
     """Write a base classifier as `load("local-dir:FOLDER")` reads it: timm's hub layout, safetensors.
+
+    Weights that are all rounded to half precision (see `round_to_half`) are written as such, in half the bytes.
 
     Parameters
     ----------
     base_classifier : BaseClassifier
-        Around a timm network, without an adapter (merge it first).
+        From `load`, without an adapter (merge it first).
     folder : path
-    architecture : str
-        The timm name that the network was made with.
-    model_args : dict, optional
-        What `timm.create_model` was given beside it, as `img_size=32`.
 
     Raises
     ------
@@ -122,25 +120,53 @@ def save_local(
 
     network, folder = base_classifier.network, Path(folder)
     known = getattr(network, "pretrained_cfg", None)
-    if type(base_classifier).forward is not BaseClassifier.forward or not known:
+    made_with = base_classifier.made_with
+    if type(base_classifier).forward is not BaseClassifier.forward or not known or made_with is None:
         raise ValueError(
-            f"{base_classifier.name} is not a plain timm network; save an adapter with its save(), or merge it first"
+            f"{base_classifier.name} is not a timm network from smoothkit.models.load; save an adapter with its save(), or merge "
+            f"it first"
         )
     channels, *size = known["input_size"]
     config = {
-        "architecture": architecture, "input_size": [base_classifier.channels or channels, *(base_classifier.size or size)],
+        "architecture": known["architecture"], "input_size": [base_classifier.channels or channels, *(base_classifier.size or size)],
         "fixed_input_size": bool(known.get("fixed_input_size")), "interpolation": base_classifier.interpolation,
         "crop_pct": 1.0, "mean": base_classifier.mean.flatten().tolist(), "std": base_classifier.std.flatten().tolist(),
         "num_classes": network.num_classes, "label_names": list(base_classifier.class_names) or None,
         "first_conv": known.get("first_conv"), "classifier": known.get("classifier"), "tag": folder.name,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    network_args = {k: v for k, v in (model_args or {}).items() if k != "size"}
+    network_args = {**made_with, "num_classes": network.num_classes}
+    written = copy.deepcopy(network).half() if _is_half(network) else network
     save_for_hf(
-        network, str(folder), model_config={"pretrained_cfg": config}, model_args=network_args, safe_serialization=True
+        written, str(folder), model_config={"pretrained_cfg": config}, model_args=network_args, safe_serialization=True
     )
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     return folder
+
+
+def round_to_half(module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """Round float parameters and buffers (all, or those named) to what half precision can hold, in place.
+
+    They stay float32; a file of them takes half the bytes and gives the same classifier back, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        If a value is beyond half precision's range.
+    """
+    wanted = set(module.state_dict() if names is None else names)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name in wanted and value.is_floating_point():
+                if not bool(value.half().isfinite().all()):
+                    raise ValueError(f"{name} has values beyond 65504, which half precision cannot hold")
+                value.copy_(value.half())
+    return module
+
+
+def _is_half(module: nn.Module) -> bool:
+    floats = [v for v in module.state_dict().values() if v.is_floating_point()]
+    return all(torch.equal(v, v.half().to(v.dtype)) for v in floats)
 
 
 # --- loading by name -------------------------------------------------------------------------------
@@ -229,7 +255,7 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
         ) from None
     config = timm.data.resolve_model_data_config(network)
     channels, *size = config["input_size"]
-    return BaseClassifier(
+    base = BaseClassifier(
         network,
         mean=config["mean"],
         std=config["std"],
@@ -238,7 +264,11 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
         interpolation=config["interpolation"] if config["interpolation"] in {"bilinear", "bicubic"} else "bilinear",
         class_names=_class_names(network),
         name=name,
-    ).eval()
+    )
+    folder = Path(location.removeprefix("local-dir:"))
+    stored = json.loads((folder / "config.json").read_text()) if location.startswith("local-dir:") else {}
+    base.made_with = {**stored.get("model_args", {}), **model_args}
+    return base.eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -47,6 +47,7 @@ WITHOUT_ADAPTER = ("clean", "full", "head")
 LOSSES = ("gaussian", "smoothadv", "macer", "consistency", "stability")
 ATTACKS = ("pgd", "ddn")
 RADII = (0.0, 0.25, 0.5, 0.75)
+CLASSIFIER, STARTER = "classifier", "starter:"  # a folder beside a record, or one of the workbook's starters
 _SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
 OF_ROW, RANDOM = "row:", "random:"  # in front of a base: another row's classifier; an architecture with new weights
 _CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images")  # say nothing about how it is trained
@@ -66,6 +67,8 @@ class Row:
     on it. `method` is what is trained: nothing (`clean`), the whole base (`full`), its head (`head`), or an adapter with
     the settings in `adapter`, the keyword arguments of the function of that name in `smoothkit.adapters`; an `ensemble`
     has `members: {SIGMA: row:NAME}` there. `images` are certified, `train_images` trained on, both by `Images.take`.
+    A classifier to `keep` is rounded to half precision after training, and stored beside its record, or, where `keep`
+    is `starter:NAME`, as that starter.
     `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
     `steps`, `step_size`, `gamma`, `levels`. A coordinator takes `steps` and `spsa` in place of epochs and lr, and
     `adapter: {encoder: MODEL}`.
@@ -105,6 +108,7 @@ class Row:
     alpha: float = 0.001
     noise_seed: int = 0
     images: str = "all"
+    keep: bool | str = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -122,6 +126,8 @@ class Row:
         _check_one_of("loss", self.loss, LOSSES)
         check_sigma(self.sigma)
         check_alpha(self.alpha)
+        if isinstance(self.keep, str) and (not self.keep.startswith(STARTER) or self.method not in WITHOUT_ADAPTER):
+            raise RowError(f"keep must be true, false or, for a model trained whole, {STARTER}NAME, got {self.keep!r}")
         if self.method == "coordinator" and self.steps is None:
             raise RowError("a coordinator is trained by steps, not epochs; give steps: 500")
         if self.adapter and self.method in WITHOUT_ADAPTER:
@@ -142,8 +148,9 @@ class Row:
         settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
         del settings["sigma"]
         if self.method == "clean":
-            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes")}
-        settings["made_from"] = [rows[name].training_digest(rows) for name in self.made_from]
+            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes", "keep")}
+        settings["made_from"] = [(rows[name].training_digest(rows), bool(rows[name].keep)) for name in self.made_from]
+        del settings["keep"]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -161,7 +168,8 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
 
     `defaults` holds settings for all rows and `rows` a list of settings. Where `sigma` or `seed` is a list, a row is
     made for each, named NAME-SIGMA and NAME-seedSEED, and `{sigma}` in a base's or a member's name becomes SIGMA.
-    `variants` maps names to settings that go over all others, as those of a reduced run.
+    `variants` maps names to settings that go over all others, as those of a reduced run; `random: true` among them leaves
+    all weights random, for a trial where none are at hand.
 
     Raises
     ------
@@ -187,6 +195,8 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
             )
         where = f"{path.name}, row {settings['name']}: "
         merged = {**(content.get("defaults") or {}), **settings, **variants.get(variant, {})}
+        if merged.pop("random", False):
+            merged = _with_random_weights(merged)
         _check_keys(where, merged, [f.name for f in dataclasses.fields(Row)])
         if "sigma" not in merged:
             raise RowError(f"{where}sigma is missing; it is the noise level to certify at")
@@ -242,6 +252,18 @@ def _filled(value: Any, sigma: str) -> Any:
     if isinstance(value, dict):
         return {k: _filled(v, sigma) for k, v in value.items()}
     return value.replace("{sigma}", sigma) if isinstance(value, str) else value
+
+
+def _with_random_weights(settings: dict[str, Any]) -> dict[str, Any]:
+    """The architecture of base and encoder in place of their weights; another row's classifier stays."""
+
+    def random(name: Any) -> Any:  # what is no text is refused later
+        return name if not isinstance(name, str) or name.startswith((OF_ROW, RANDOM)) else RANDOM + name
+
+    adapter = settings.get("adapter")
+    if isinstance(adapter, dict) and "encoder" in adapter:
+        settings = {**settings, "adapter": {**adapter, "encoder": random(adapter["encoder"])}}
+    return {**settings, "base": random(settings.get("base", Row.base))}
 
 
 def _checked(row: Row) -> Row:
@@ -334,7 +356,7 @@ def build(
     trained : callable, optional
         Gives the trained classifier of another row by its name, where this one is made from others.
     """
-    from smoothkit import adapters, models
+    from smoothkit import adapters
 
     if row.method == "ensemble":
         members = {float(s): trained(name.removeprefix(OF_ROW)) for s, name in row.adapter["members"].items()}
@@ -348,20 +370,24 @@ def build(
     if row.method != "coordinator":
         return getattr(adapters, row.method)(base, **settings)
     encoder = settings.pop("encoder", None)
-    encoder = models.load(encoder) if isinstance(encoder, str) else encoder or base
+    encoder = _loaded(encoder, row.seed) if isinstance(encoder, str) else encoder or base
     return adapters.coordinator(base, encoder, image_shape=image_shape, **settings)
 
 
 def _base(row: Row, trained: "Callable[[str], BaseClassifier] | None") -> "BaseClassifier":
+    if row.base.startswith(OF_ROW):
+        return trained(row.base.removeprefix(OF_ROW))
+    return _loaded(row.base, row.seed, **row.model_args)
+
+
+def _loaded(name: str, seed: int, **model_args) -> "BaseClassifier":
     from smoothkit import models
     from smoothkit.adapters.base import seeded
 
-    if row.base.startswith(OF_ROW):
-        return trained(row.base.removeprefix(OF_ROW))
-    if not row.base.startswith(RANDOM):
-        return models.load(row.base, **row.model_args)
-    with seeded(row.seed):
-        return models.load(row.base.removeprefix(RANDOM), pretrained=False, **row.model_args)
+    if not name.startswith(RANDOM):
+        return models.load(name, **model_args)
+    with seeded(seed):
+        return models.load(name.removeprefix(RANDOM), pretrained=False, **model_args)
 
 
 def _whole(row: Row, base: "BaseClassifier") -> "BaseClassifier":
@@ -512,6 +538,98 @@ def _version(distribution: str) -> str:
     from importlib.metadata import version
 
     return version(distribution).split("+")[0]
+
+
+def finish(row: Row, model: "BaseClassifier") -> "BaseClassifier":
+    """What is certified, and what other rows start from, once a row is trained."""
+    from smoothkit.models import round_to_half
+
+    if not row.keep:
+        return model
+    return round_to_half(model, model.adapter_state() if hasattr(model, "adapter_state") else None)
+
+
+def save_classifier(row: Row, model: "BaseClassifier", folder: str | Path) -> Path:
+    """Store a row's classifier beside its record: an adapter without its base, anything else in timm's layout."""
+    from smoothkit.models import save_local
+
+    folder = Path(folder) / CLASSIFIER
+    return model.save(folder) if hasattr(model, "adapter_state") else save_local(model, folder)
+
+
+def save_starter(row: Row, fitted: "Fitted", images: "Images", folder: str | Path) -> dict[str, Any]:
+    """Write a row's classifier as a starter, in timm's layout with `card.json` beside it; returns the card.
+
+    `images` are those it was trained on.
+    """
+    import torch
+
+    from smoothkit.models import round_to_half, save_local
+
+    fitted.model.class_names = tuple(images.class_names)
+    folder = save_local(round_to_half(fitted.model), folder)
+    config, last = json.loads((folder / "config.json").read_text()), fitted.rows[-1]
+    card = {
+        "name": folder.name,
+        "architecture": config["architecture"],
+        "parameters": fitted.trained.total,
+        "base": row.base,
+        "trained_on": f"{images.name}, {len(images):,} images",
+        "contents": contents_digest(images),
+        "sigma": row.schedule or row.sigma,
+        "epochs": row.epochs,
+        "seed": row.seed,
+        "seconds": round(fitted.seconds),
+        "threads": torch.get_num_threads(),
+        "validation_accuracy": {
+            "clean": round(last.get("validation_clean_accuracy", math.nan), 4),
+            "in_training": round(last.get("validation_accuracy", math.nan), 4),
+        },
+        "weights": "rounded to half precision",
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "license": "MIT",
+    }
+    _write_card(folder, card)
+    return card
+
+
+def contents_digest(images: "Images", sample: int = 200) -> str:
+    """Of the pixels of every (N / sample)-th image: which data it was, whatever it is called."""
+    text = "".join(images.digest(i) for i in range(0, len(images), max(1, len(images) // sample)))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def load_classifier(rows: dict[str, Row], folder: str | Path, name: str) -> "BaseClassifier":
+    """A row's trained classifier as it was stored, or the base of a row of method `clean`.
+
+    Parameters
+    ----------
+    rows, folder
+        As `open_table` gives them.
+    name : str
+
+    Raises
+    ------
+    RowError
+        If it was not stored.
+    """
+    from smoothkit import adapters, models
+
+    row, stored = rows[name], Path(folder) / name / CLASSIFIER
+    if row.method == "clean":
+        return load_base(rows, folder, row)
+    if isinstance(row.keep, str):
+        return models.load(row.keep)
+    if not stored.is_dir():
+        raise RowError(f"the classifier of {name} was not stored; set keep: true in its row and make it again")
+    if row.method in WITHOUT_ADAPTER:
+        return models.load(f"local-dir:{stored}")
+    return adapters.load(stored, load_base(rows, folder, row))
+
+
+def load_base(rows: dict[str, Row], folder: str | Path, row: Row) -> "BaseClassifier":
+    """What a row is trained from."""
+    return _base(row, lambda name: load_classifier(rows, folder, name))
 
 
 # --- reading ---------------------------------------------------------------------------------------

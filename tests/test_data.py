@@ -227,3 +227,15 @@ def test_public_cifar10(public_data):
     assert len(images) == 500 and images.index[:3].tolist() == [0, 20, 40]
     assert images[0].shape == (3, 32, 32) and images.grid == 255
     assert np.bincount(data.load("cifar10").labels).tolist() == [1000] * 10
+
+
+def test_classes_are_taken_and_numbered_anew(digits):
+    part = digits.take("classes:6-9")
+    assert part.class_names == ("6", "7", "8", "9") and set(part.labels) == {0, 1, 2, 3}
+    whole = dict(zip(digits.ids, digits.labels, strict=True))
+    assert [whole[i] - 6 for i in part.ids] == list(part.labels) and len(part) == (digits.labels >= 6).sum()
+    both = digits.take("classes:6-9,every:2")
+    assert both.ids == part.ids[::2] and both.subset == "classes:6-9,every:2"
+    assert torch.equal(both[1], part[2])
+    with pytest.raises(ValueError, match=r"must name two classes within 0\.\.9, as classes:0-9"):
+        digits.take("classes:8-12")

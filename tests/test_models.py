@@ -13,8 +13,10 @@ from torch import nn
 
 from smoothkit import Smoothed, data, models
 
+DIGITS = [name for name in models.starters() if name.startswith("digits")]
 
-@pytest.mark.parametrize("name", models.starters())
+
+@pytest.mark.parametrize("name", DIGITS)
 def test_starters_reach_what_their_cards_say(name, digits):
     card, model = models.starter_card(name), models.load(f"starter:{name}")
     with torch.inference_mode():
@@ -25,9 +27,7 @@ def test_starters_reach_what_their_cards_say(name, digits):
 
 
 def test_starters_under_noise():
-    cards = {
-        name: models.starter_card(name)["test_accuracy_of_the_base_classifier_by_sigma"] for name in models.starters()
-    }
+    cards = {name: models.starter_card(name)["test_accuracy_of_the_base_classifier_by_sigma"] for name in DIGITS}
     assert set(cards) == {"digits-vit-clean", "digits-vit-0.12", "digits-vit-0.25", "digits-vit-0.50"}
     assert cards["digits-vit-clean"]["0.25"] < 0.7 and cards["digits-vit-0.25"]["0.25"] > 0.9
     assert cards["digits-vit-0.50"]["0.5"] > 0.75
@@ -179,3 +179,30 @@ def test_imagenet_sized_images_through_random_weights(tmp_path, monkeypatch):
     record = smoothed.sample(data.load("imagenet"), n0=4, n=12, alpha=0.01, progress=False)
     assert record.num_classes == 1000 and record.identity.noise == "grid:255"
     assert [int(c.sum()) for c in record.votes()["counts_estimation"]] == [12, 12]
+
+
+def test_saved_in_timms_layout_it_is_read_back(tmp_path):
+    """A new head, an own size, half precision: the same logits."""
+    made = models.load("vit_tiny_patch16_224", pretrained=False, num_classes=7, img_size=16, patch_size=4, embed_dim=32,
+                       depth=1, num_heads=2)  # fmt: skip
+    assert made.size == (16, 16)
+    images = torch.rand(2, 3, 16, 16)
+    models.save_local(made, tmp_path / "whole")
+    whole = models.load(f"local-dir:{tmp_path / 'whole'}")
+    assert torch.equal(whole(images), made(images)) and whole.size == (16, 16) and whole.network.num_classes == 7
+    models.save_local(models.round_to_half(made), tmp_path / "half")
+    again = models.load(f"local-dir:{tmp_path / 'half'}")
+    assert torch.equal(again(images), made(images)) and again(images).dtype == torch.float32
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    with pytest.raises(ValueError, match=r"is not a timm network from smoothkit\.models\.load"):
+        models.save_local(models.wrap(nn.Identity()), tmp_path / "no")
+    large = nn.Linear(1, 1)
+    large.bias.data.fill_(1e6)
+    with pytest.raises(ValueError, match="bias has values beyond 65504"):
+        models.round_to_half(large)
+
+
+def test_the_size_that_the_network_gets_can_be_chosen():
+    small = models.load("resnet18", pretrained=False, size=32, channels=[8, 8, 8, 8])
+    assert small.size == (32, 32) and small(torch.rand(1, 3, 40, 40)).shape == (1, 1000)

@@ -227,6 +227,88 @@ def test_a_lost_row_is_made_again_from_its_training(made, make_rows, monkeypatch
     pd.testing.assert_frame_equal(certificates(open_record(folder)), before)
 
 
+CHAIN = [
+    dict(name="pre", base="random:starter:digits-vit-clean", num_classes=4, schedule="clean", keep=True),
+    dict(name="lora", base="row:pre-{sigma}", method="lora", adapter=dict(rank=2), keep=True),
+    dict(name="head", base="row:pre-{sigma}", method="head"),
+    dict(name="small", base="row:pre-{sigma}", method="certifying", adapter=dict(adapter_settings=dict(width=4, depth=1, stages=1))),
+    dict(name="large", base="row:pre-{sigma}", method="certifying", schedule="fixed:0.5",
+         adapter=dict(adapter_settings=dict(width=4, depth=1, stages=1))),
+    dict(name="both", method="ensemble", adapter=dict(members={0.25: "row:small-{sigma}", 0.5: "row:large-{sigma}"})),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(make_rows, tmp_path_factory):
+    """Rows made from other rows, on four of the digits, in a reduced variant."""
+    root = tmp_path_factory.mktemp("chain")
+    shared = dict(epochs=3, n0=10, n=20, images="classes:6-9,first:3", batch=64, train_images="classes:6-9,first:300")
+    content = dict(defaults=shared, variants=dict(short=dict(epochs=1, sigma=[0.25])), rows=CHAIN)
+    (root / "chain.yaml").write_text(json.dumps(content))
+    where = dict(settings=root, kept=root / "kept", work=root / "work", variant="short")
+    names = [f"{row['name']}-0.25" for row in CHAIN]
+    assert make_rows.make_table("chain", **where) == names
+    assert make_rows.make_table("chain", **where) == []
+    return {row.name: row for row in load_rows(root / "chain.yaml", "short")}, root / "kept" / "chain-short", where
+
+
+def test_rows_are_made_from_other_rows(chain):
+    wanted, folder, _ = chain
+    table = rows.read_rows(folder).set_index("name")
+    assert (table.problem == "").all() and table.epochs["pre-0.25"] == 1
+    assert table.trained["head-0.25"] == 64 * 4 + 4 and table.trained["both-0.25"] == 0
+    assert table.parameters["pre-0.25"] == table.trained["pre-0.25"] == table.parameters["head-0.25"]
+    for name in ("pre-0.25", "lora-0.25"):  # as stored, in half precision, they are what was certified
+        model = rows.load_classifier(wanted, folder, name)
+        assert models.fingerprint(model) == rows.read_card(folder / name)[1]["fingerprint"]
+    assert rows.load_base(wanted, folder, wanted["head-0.25"]).network.num_classes == 4
+    with pytest.raises(RowError, match=r"small-0.25 was not stored; set keep: true"):
+        rows.load_classifier(wanted, folder, "small-0.25")
+
+
+def test_a_row_changes_with_the_row_it_is_made_from(chain, make_rows, tmp_path):
+    wanted, folder, where = chain
+    content = json.loads((where["settings"] / "chain.yaml").read_text())
+    content["rows"][0]["lr"] = 0.5
+    (tmp_path / "chain.yaml").write_text(json.dumps(content))
+    changed = {row.name: row for row in load_rows(tmp_path / "chain.yaml", "short")}
+    states = {name: make_rows.state(row, folder, changed) for name, row in changed.items()}
+    assert states["pre-0.25"] == states["lora-0.25"] == states["head-0.25"] == "changed"
+    assert {make_rows.state(row, folder, wanted) for row in wanted.values()} == {"kept"}
+
+
+def test_a_row_of_another_table_is_copied(chain, make_rows, capsys):
+    """The same settings under another name: no second training, no second sampling."""
+    _, folder, where = chain
+    again = json.loads((where["settings"] / "chain.yaml").read_text())
+    again["rows"] = [{**again["rows"][0], "name": "first", "title": "First", "note": "as before"}]
+    (where["settings"] / "other.yaml").write_text(json.dumps(again))
+    assert make_rows.make_table("other", **where) == ["first-0.25"]
+    assert "first-0.25: is chain-short/pre-0.25, copied from there" in capsys.readouterr().err
+    copied, card = rows.read_card(folder.parent / "other-short" / "first-0.25")
+    assert copied.title == "First" and copied.note == "as before"
+    assert card["fingerprint"] == rows.read_card(folder / "pre-0.25")[1]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"base": "row:later"}, "made from later, which is no row before it"),
+        ({"keep": "here"}, "keep must be true, false or, for a model trained whole, starter:NAME, got 'here'"),
+        ({"keep": "starter:x", "method": "lora"}, "keep must be true, false or"),
+    ],
+)
+def test_rows_made_from_nothing_say_so(row, message, tmp_path):
+    with pytest.raises(RowError, match=message):
+        load_rows(written(tmp_path, json.dumps({"rows": [{"name": "a", "sigma": 0.25, **row}]})))
+
+
+def test_an_unknown_variant_says_which_there_are(tmp_path):
+    text = json.dumps({"variants": {"reduced": {}}, "rows": [{"name": "a", "sigma": 0.25}]})
+    with pytest.raises(RowError, match="variant 'reducd' is unknown; did you mean 'reduced'"):
+        load_rows(written(tmp_path, text), "reducd")
+
+
 def test_an_interrupted_training_stops_the_script_and_goes_on(made, make_rows, monkeypatch, tmp_path):
     where = {**made[1], "kept": tmp_path / "kept", "work": tmp_path / "work"}
 
