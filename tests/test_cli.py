@@ -79,17 +79,17 @@ def test_warnings_about_logs_go_to_standard_error(tmp_path):
 def test_claims(capsys):
     assert main(["claims", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert list(rows[0]) == ["system", "claim", "data", "measured", "interval", "holds"]
-    assert {r["holds"] for r in rows} <= {"yes", "no", "unclear"} and len(rows) >= 9
+    assert list(rows[0]) == ["system", "claim", "experiment", "data", "margin", "measured", "interval", "holds"]
+    assert {r["holds"] for r in rows} <= {"yes", "no", "unclear", "not measured"} and len(rows) >= 9
     trained = next(r for r in rows if r["claim"].startswith("trained with noise"))
     assert trained["holds"] == "yes" and "360 images" in trained["data"]
 
 
 def test_claims_from_published_logs(public_data, capsys):
     assert main(["claims", "--format", "csv"]) == 0
-    rows = [r for r in csv.DictReader(io.StringIO(capsys.readouterr().out)) if "published log" in r["data"]]
+    rows = [r for r in csv.DictReader(io.StringIO(capsys.readouterr().out)) if "published log" in r["experiment"]]
     assert len(rows) == 5 and all(r["holds"] == "yes" for r in rows)
-    assert next(r for r in rows if "0.49" in r["claim"])["data"].endswith("427 images")
+    assert next(r for r in rows if "0.49" in r["claim"])["data"] == "imagenet, 427 images"
 
 
 def with_(**changes):
