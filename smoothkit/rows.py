@@ -144,13 +144,14 @@ class Row:
 
         `rows` holds, by name, the rows that this one is made from.
         """
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING)}
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING, "keep")}
         settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
         del settings["sigma"]
         if self.method == "clean":
-            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes", "keep")}
+            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes")}
         settings["made_from"] = [(rows[name].training_digest(rows), bool(rows[name].keep)) for name in self.made_from]
-        del settings["keep"]
+        plain = {f.name: f.default for f in dataclasses.fields(self)} | {"model_args": {}}
+        settings = {k: v for k, v in settings.items() if k not in plain or v != plain[k]}  # new fields change no digest
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

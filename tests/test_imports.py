@@ -14,13 +14,15 @@ ORDER = [
     "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
     "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "forward", "batches",
     "records", "votes", "bounds", "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report",
+    "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
+    "sigma.selectors", "sigma.reading", "sigma",
     "rows", "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
     "gallery", "workbook", "checks", "cli", "__main__",
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them
 WITHOUT_TORCH = {
     "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "logs", "report", "claims",
-    "plots", "gallery", "workbook", "checks",
+    "plots", "gallery", "workbook", "checks", "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.reading", "sigma",
 }  # fmt: skip
 ONLY_IN = {
     "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},

@@ -141,11 +141,18 @@ class CertifyingClassifier(common.Adapted):
 
     @torch.no_grad()
     def feature_norms(self, images: Tensor) -> tuple[float, float]:
-        """Mean L2 norms of f(x) and a(x) on (noisy) images: where the first is far larger, it drowns the second."""
-        network = self.network
+        """Mean L2 norms of f(x) and a(x) on (noisy) images: where the first is far larger, it drowns the second.
+
+        Both as in eval mode; BatchNorm statistics do not move, so that a training may be watched with it.
+        """
+        network, training = self.network, self.training
         if network.extractor is None or network.adapter is None:
             raise ValueError("feature_norms compares extractor and adapter; this model has only one of them")
-        return tuple(float(z.norm(dim=1).mean()) for z in network.parts(images))
+        self.eval()
+        try:
+            return tuple(float(z.norm(dim=1).mean()) for z in network.parts(images))
+        finally:
+            self.train(training)
 
 
 def certifying(

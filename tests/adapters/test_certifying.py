@@ -66,6 +66,16 @@ def test_sum_of_features_by_hand(base, members, images):
     assert norms[0] == pytest.approx(float(z.norm(dim=1).mean()), rel=1e-5) and norms[1] > 0
 
 
+def test_norms_may_be_watched_in_training(base, images):
+    model, x = adapters.certifying(base, adapter_settings=SMALL), images.batch(0, 8)
+    assert model.eval().feature_norms(x)[1] == 0 and not model.training  # the adapter starts at zero
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.feature_norms(x)
+    assert model.training and model.network.adapter.training and not model.network.extractor.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_sigma_is_in_pixel_units(linear):
     """A half-space on pixels, through the whole wrapper with a normalisation of std 0.25: the noise that reaches the
     decision has standard deviation sigma, not sigma / std (fault 1 of the released code)."""
