@@ -21,7 +21,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,17 @@ def open_table(name: str) -> tuple[dict[str, Row], Path]:
     _check_one_of("table", table, known)
     rows = load_rows(data_dir() / "rows" / f"{table}.yaml", variant or None)
     return {row.name: row for row in rows}, data_dir() / "records" / "rows" / name.replace(":", "-")
+
+
+def kept_tables() -> list[str]:
+    """The tables, as `TABLE` or `TABLE:VARIANT`, of which the workbook holds records."""
+    from smoothkit.data import data_dir
+
+    found = []
+    for path in sorted((data_dir() / "rows").glob("*.yaml")):
+        variants = yaml.safe_load(path.read_text(encoding="utf-8")).get("variants") or {}
+        found += [path.stem, *(f"{path.stem}:{variant}" for variant in variants)]
+    return [name for name in found if (data_dir() / "records" / "rows" / name.replace(":", "-")).is_dir()]
 
 
 def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -669,8 +680,17 @@ def read_card(folder: str | Path) -> tuple[Row, dict[str, Any]]:
         raise RowError(f"{path.parent.name}: {CARD} cannot be read ({error}); make the row again") from None
 
 
-def read_rows(folder: str | Path, radii: Sequence[float] = RADII) -> pd.DataFrame:
+def read_rows(
+    folder: str | Path, radii: Sequence[float] = RADII, *, order: Iterable[str] | None = None
+) -> pd.DataFrame:
     """A table of all kept rows of a folder, from their records and cards.
+
+    Parameters
+    ----------
+    folder : path
+    radii : sequence of float
+    order : iterable of str, optional
+        Names of rows, as those of the settings: these alone and in this order, as far as they are there.
 
     Returns
     -------
@@ -679,7 +699,9 @@ def read_rows(folder: str | Path, radii: Sequence[float] = RADII) -> pd.DataFram
         boxes), images; the certified accuracy at each radius in a column as "0.25"; ACR; and `problem`, empty or what is
         wrong with a row that could not be read. A row with a problem also warns.
     """
-    table = pd.DataFrame([_read_row(path, radii) for path in row_folders(folder)])
+    paths = {path.name: path for path in row_folders(folder)}
+    names = paths if order is None else [name for name in order if name in paths]
+    table = pd.DataFrame([_read_row(paths[name], radii) for name in names])
     for problem in table.loc[table["problem"] != "", "problem"]:
         warnings.warn(problem, stacklevel=2)
     return table
@@ -723,6 +745,36 @@ def _certificates(path: Path, row: Row, card: dict[str, Any]) -> pd.DataFrame:
     if odd:
         raise RowError(f"record and card do not belong together: {'; '.join(odd)}; make the row again")
     return certificates(record)
+
+
+def protocol(table: str, names: Iterable[str] | None = None) -> str:
+    """How rows were trained and certified, for captions: data as the records name it, images, n, alpha, epochs.
+
+    Parameters
+    ----------
+    table : str
+        As in `open_table`; a variant is named, so that a reduced run cannot be taken for a full one.
+    names : iterable of str, optional
+        Of the rows that are shown; all kept ones if not given.
+    """
+    rows, folder = open_table(table)
+    kept = [path.name for path in row_folders(folder)]
+    chosen = [name for name in kept if names is None or name in set(names)]
+    records, trained = [open_record(folder / name) for name in chosen], [rows[n] for n in chosen]
+    data = {record.identity.dataset for record in records}
+    images = [record.rows()["image_id"].nunique() for record in records]
+    epochs = [row.epochs for row in trained if row.method != "clean" and row.steps is None]
+    variant = table.partition(":")[2]
+    return ", ".join([
+        *sorted(data), f"{_span(images)} test images", f"n = {_span([row.n for row in trained])}",
+        f"alpha = {_span([row.alpha for row in trained])}", *([f"{_span(epochs)} epochs"] if epochs else []),
+        *([f"{variant} run"] if variant else []),
+    ])  # fmt: skip
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def read_certificates(

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from conftest import ROOT
 from scipy import stats
 from torch import nn
@@ -449,24 +448,25 @@ def test_a_live_figure_is_one_output_that_changes(monkeypatch, tmp_path):
 # --- what is committed ---
 
 
-COMMITTED = {  # records by the name of their table
-    name.replace(":", "-"): name
-    for path in sorted((ROOT / "data" / "rows").glob("*.yaml"))
-    for name in [path.stem, *(f"{path.stem}:{v}" for v in yaml.safe_load(path.read_text()).get("variants") or ())]
-}
-
-
-@pytest.mark.parametrize("folder", sorted((ROOT / "data" / "records" / "rows").iterdir()), ids=lambda p: p.name)
-def test_committed_rows_are_those_of_their_settings(folder):
+@pytest.mark.parametrize("name", rows.kept_tables())
+def test_committed_rows_are_those_of_their_settings(name):
     """A row may still be missing, and its notebook says so; one that is there is what the settings say."""
-    (wanted, found), table = rows.open_table(COMMITTED[folder.name]), rows.read_rows(folder)
-    assert found == folder
+    wanted, folder = rows.open_table(name)
+    table = rows.read_rows(folder)
     assert (table.problem == "").all() and len(table) > 0 and set(table.name) <= set(wanted)
-    for name in table.name:
-        kept, card = rows.read_card(folder / name)
-        assert kept.made_like(wanted[name]), (
-            f"{name}: settings and card differ; run data/make_rows.py {folder.name} --again"
+    for row in table.name:
+        kept, card = rows.read_card(folder / row)
+        assert kept.made_like(wanted[row]), (
+            f"{row}: settings and card differ; run data/make_rows.py {folder.name} --again"
         )
-        assert kept.title == wanted[name].title and not card["interrupted"]
-        digests = {other: wanted[other].training_digest(wanted) for other in wanted[name].made_from}
+        assert kept.title == wanted[row].title and not card["interrupted"]
+        digests = {other: wanted[other].training_digest(wanted) for other in wanted[row].made_from}
         assert card.get("made_from", {}) == digests
+    said = rows.protocol(name, table.name[:1])
+    assert f", {table.images[0]} test images, n = {wanted[table.name[0]].n:,}, " in said
+    assert said.endswith("reduced run") == name.endswith(":reduced")
+
+
+def test_every_folder_of_records_belongs_to_a_table():
+    known = {name.replace(":", "-") for name in rows.kept_tables()}
+    assert {path.name for path in (ROOT / "data" / "records" / "rows").iterdir()} == known
