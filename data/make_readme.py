@@ -22,6 +22,7 @@ from smoothkit import models, plots
 from smoothkit.certify import certificates
 from smoothkit.records import open_record
 from smoothkit.report import format_table, report
+from smoothkit.rows import kept_tables, open_table, read_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -41,6 +42,14 @@ NOTEBOOKS = {
         "Why a clean model fails under noise; Gaussian, stability, consistency, MACER, SmoothAdv",
     ),
     "21_peft_smoothing": ("intermediate", "PEFTSmoothing: LoRA, adapters, prompts; a black box"),
+    "22_certifying_adapters": (
+        "intermediate",
+        "CAF: a trained network beside a frozen one; what the frozen features add, and an ensemble",
+    ),
+    "23_noise_pretraining": (
+        "intermediate",
+        "Pretrain on clean and noisy images, fine-tune on clean ones: one model for every sigma",
+    ),
     "60_paper_figures": ("all", "Every figure and table again from records, beside the published values"),
 }
 
@@ -101,6 +110,41 @@ def starters_table() -> str:
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
+def pretrained_table() -> str:
+    """Starters on natural images, from their cards."""
+    rows = []
+    for name in models.starters():
+        card = models.starter_card(name)
+        if "validation_accuracy" not in card:
+            continue
+        noise, seen = card["sigma"], card["validation_accuracy"]
+        rows.append(
+            (
+                f"`{name}`", f"{card['parameters']:,}", card["trained_on"], noise if isinstance(noise, str) else f"{noise:g}",
+                card["epochs"], card["seconds"], f"{seen['clean']:.3f}", f"{seen['in_training']:.3f}",
+            )
+        )  # fmt: skip
+    columns = ["starter", "parameters", "trained on", "noise", "epochs", "seconds", "clean", "under its noise"]
+    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
+
+
+def natural_table() -> str:
+    """Rows of all tables on CIFAR-10."""
+    lines = []
+    for name in kept_tables():
+        if not name.startswith("cifar10"):
+            continue
+        settings, folder = open_table(name)
+        found = read_rows(folder, (0.0, 0.25, 0.5), order=settings).drop(columns="name")
+        shown = found[["title", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]].rename(
+            columns={"title": "row"}
+        )
+        shown["sigma"], shown["trained"] = [f"{s:g}" for s in shown.sigma], [f"{t:,}" for t in shown.trained]
+        lines.append(shown.assign(table=f"`{name}`"))
+    frame = pd.concat(lines)[["table", "row", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]]
+    return format_table(frame, "markdown")
+
+
 def benchmarks_table() -> str:
     rows, machines = [], set()
     for name in BENCHMARKS:
@@ -120,28 +164,43 @@ def benchmarks_table() -> str:
     return f"{table}\nMeasured on {'; '.join(sorted(machines))}. No GPU was at hand for these.\n"
 
 
+MAKERS = {  # by what a starter's name begins with
+    "digits-vit": "data/make_starters.py", "digits-ddpm": "data/make_diffusion.py",
+    "tin32": "data/make_pretrained.py", "cifar10": "data/make_rows.py",
+}  # fmt: skip
+
+
 def files_table() -> str:
-    kinds = {
-        "starters/*/model.safetensors": "data/make_starters.py",
-        "records/*/parts/*.parquet": "data/make_records.py",
-        "records/rows/*/*/parts/*.parquet": "data/make_rows.py",
+    """Every weight file and record with its sha256; the records of a table's rows as one, with that of their list."""
+    found = {
+        path: next(maker for start, maker in MAKERS.items() if path.relative_to(HERE).parts[1].startswith(start))
+        for path in sorted(HERE.glob("starters/**/*.safetensors"))
     }
+    found |= dict.fromkeys(sorted(HERE.glob("records/*/parts/*.parquet")), "data/make_records.py")
+    digests = [(path.relative_to(HERE).as_posix(), _sha256(path.read_bytes()), maker) for path, maker in found.items()]
+    for table in sorted(p for p in (HERE / "records" / "rows").iterdir() if p.is_dir()):
+        parts = [p for p in sorted(table.rglob("*")) if p.suffix in {".parquet", ".safetensors"}]
+        listed = "".join(f"{_sha256(p.read_bytes())}  {p.relative_to(table).as_posix()}\n" for p in parts)
+        name = f"{table.relative_to(HERE).as_posix()}/ ({len(parts)} files)"
+        digests.append((name, _sha256(listed.encode()), "data/make_rows.py"))
     lines = ["| file | sha256 | maker | licence |", "| --- | --- | --- | --- |"]
-    for pattern, maker in kinds.items():
-        for path in sorted(HERE.glob(pattern)):
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            lines.append(f"| `{path.relative_to(HERE).as_posix()}` | `{digest}` | `{maker}` | MIT |")
+    lines += [f"| `{name}` | `{digest}` | `{maker}` | MIT |" for name, digest, maker in digests]
     return "\n".join(lines) + "\n"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 PARTS = {
     ROOT / "README.md": {
         "records": records_table,
+        "natural": natural_table,
         "notebooks": notebooks_table,
         "times": times_sentence,
         "benchmarks": benchmarks_table,
     },
-    HERE / "README.md": {"starters": starters_table, "files": files_table},
+    HERE / "README.md": {"starters": starters_table, "pretrained": pretrained_table, "files": files_table},
 }
 
 

@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 __all__ = ["ABSTAIN", "Certificate", "Smoothed", "StoppingRule", "Votes", "data", "models"]
 
 _MODULES = {
-    "adapters", "attacks", "bounds", "certify", "data", "logs", "models", "noise", "plots", "records", "report",
-    "training", "votes",
+    "adapters", "attacks", "bounds", "certify", "data", "denoise", "logs", "models", "noise", "plots", "records", "report",
+    "rows", "sigma", "training", "votes",
 }  # fmt: skip
 _LAZY = {"Smoothed": "smoothkit.certify.smoothed"}
 

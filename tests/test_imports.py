@@ -12,8 +12,9 @@ ORDER = [
     "types", "kernels", "kernels.noise_cpu", "kernels.noise_triton", "kernels.votes_triton", "noise", "noise_exact",
     "counting", "data", "networks", "models", "progress", "adapters.base", "adapters.lora", "adapters.bottleneck",
     "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
-    "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "forward", "batches",
-    "records", "votes", "bounds", "certify.fixed", "certify.sequential", "certify.smoothed", "certify", "logs", "report",
+    "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "denoise.chain",
+    "denoise.diffusion", "denoise.trained", "denoise.calibrate", "denoise", "forward", "batches", "records", "votes",
+    "bounds", "certify.fixed", "certify.sequential", "certify.cascade", "certify.smoothed", "certify", "logs", "report",
     "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
     "sigma.selectors", "sigma.reading", "sigma",
     "rows", "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
@@ -21,8 +22,9 @@ ORDER = [
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them
 WITHOUT_TORCH = {
-    "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "logs", "report", "claims",
-    "plots", "gallery", "workbook", "checks", "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.reading", "sigma",
+    "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "certify.cascade", "logs",
+    "report", "claims", "plots", "gallery", "workbook", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
+    "sigma.reading", "sigma",
 }  # fmt: skip
 ONLY_IN = {
     "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},
@@ -35,7 +37,7 @@ ONLY_IN = {
     "triton": {"kernels.noise_triton", "kernels.votes_triton"},
     "numba": {"kernels.noise_cpu"},
     "art": {"bench.peers"},
-    "diffusers": set(),
+    "diffusers": {"denoise.diffusion"},
     "peft": {"adapters.lora"},
 }
 

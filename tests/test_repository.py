@@ -95,15 +95,19 @@ def test_committed_data_is_what_its_readme_says():
     """Every model and record has its line in data/README.md: sha256, maker, licence."""
     readme = (ROOT / "data" / "README.md").read_text()
     files = [
-        *(ROOT / "data" / "starters").glob("*/model.safetensors"),
+        *(ROOT / "data" / "starters").glob("**/*.safetensors"),
         *(ROOT / "data" / "records").glob("*/parts/*.parquet"),
-        *(ROOT / "data" / "records" / "rows").glob("*/*/parts/*.parquet"),
     ]
     assert len(files) >= 8
     for path in files:
         relative = path.relative_to(ROOT / "data").as_posix()
         assert f"`{relative}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in readme, relative
-        assert path.stat().st_size < 8_000_000
+    for table in (ROOT / "data" / "records" / "rows").iterdir():  # one line for all rows of a table, as sha256sum lists files
+        parts = sorted(p for p in table.rglob("*") if p.suffix in {".parquet", ".safetensors"})
+        listed = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(table).as_posix()}\n" for p in parts]
+        digest = hashlib.sha256("".join(listed).encode()).hexdigest()
+        assert f"`records/rows/{table.name}/ ({len(parts)} files)` | `{digest}`" in readme, table.name
+    assert all(p.stat().st_size < 8_000_000 for p in (ROOT / "data").rglob("*") if p.is_file())
 
 
 def test_readme_tables_and_figure_come_from_records():

@@ -230,7 +230,12 @@ class _Run:
         generator = generator_for(self.seed, "noise", step, self.device)
         if self.augment is not None:
             pixels = self.augment(pixels, generator)
-        sigma = self.schedule(len(pixels), progress=step / self.steps, generator=generator).to(self.device)
+        if hasattr(self.schedule, "for_images"):  # a sigma of its own for each image, which may ask the model
+            sigma = self.schedule.for_images(
+                self.model, pixels, chosen, progress=step / self.steps, generator=generator
+            )
+        else:
+            sigma = self.schedule(len(pixels), progress=step / self.steps, generator=generator).to(self.device)
         noise = draw_noise(pixels, sigma, copies=self.loss.copies, grid=self.grid, generator=generator)
         self.model.train()  # an adapted model may refuse, as one whose adapter is merged
         set_train_mode(self.model)
@@ -339,6 +344,8 @@ class _Run:
         if self.average is not None:
             state["average_updates"] = self.average.updates
             tensors["average"] = self.average.tensors
+        if hasattr(self.schedule, "state"):
+            tensors["schedule"] = self.schedule.state()
         write_checkpoint(self.out, tensors, self.optimiser.state_dict(), state)
         self.saved_step = self.step
 
@@ -347,6 +354,8 @@ class _Run:
         if check:
             check_identity(state["identity"], self.identity, self.out)
         fill(moving_tensors(self.model), load_file(folder / "weights.safetensors"), folder)
+        if hasattr(self.schedule, "restore"):
+            self.schedule.restore(load_file(folder / "schedule.safetensors"))
         if not check:
             return
         self.optimiser.load_state_dict(torch.load(folder / "optimiser.pt", weights_only=True, map_location=self.device))

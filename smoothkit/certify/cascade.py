@@ -1,0 +1,496 @@
+"""Several noise scales in one smoothed classifier: the cascade, its certificate, and the best of all scales.
+
+Everything here is a function of counts. With P_k(x)[c] the chance that the base classifier says c on x plus noise of
+sigma_k, the cascade asks the largest scale first, answers with the first class whose probability exceeds p0, and
+abstains if no scale has one. It answers y within the radius R(k, y) around x, for any scale k:
+
+    R_k   = sigma_k (Phi^-1(P_k[y]) - Phi^-1(p0))                        y keeps its majority at scale k
+    R_neg = min over j > k, c != y of sigma_j (Phi^-1(p0) - Phi^-1(P_j[c]))    no larger scale says anything else
+    R(k, y) = min(R_k, R_neg)
+
+because each Phi^-1(P_j[c]) is 1/sigma_j-Lipschitz: within the radius a larger scale can only pass on or say y, and
+scale k says y at the latest. It needs p0 >= 1/2, so that no second class can exceed p0 beside y. The published
+rule takes the scale at which the cascade halts; the largest R(k, y) over all k is proved by the same words.
+
+References
+----------
+Jeong and Shin, "Multi-scale Diffusion Denoised Smoothing", NeurIPS 2023. arXiv:2310.16779.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from smoothkit.bounds import OUTWARD, clopper_pearson_lower, clopper_pearson_upper
+from smoothkit.records import Record, RecordError
+from smoothkit.types import ABSTAIN, check_alpha, check_sigma
+
+RULES = ("max", "cascade", "released")
+UPPER = ("classes", "runner-up")
+NO_SCALE = -1
+
+
+# --- the theorem, for known probabilities ------------------------------------------------------------
+
+
+def cascade_classes(probabilities: np.ndarray, *, p0: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """What the cascade answers where the class probabilities of every scale are known.
+
+    Parameters
+    ----------
+    probabilities : float array [..., K, num_classes]
+        Row k belongs to the k-th smallest sigma.
+    p0 : float in [1/2, 1)
+
+    Returns
+    -------
+    classes, scales : int64 arrays [...]
+        The class (ABSTAIN where no scale has one above p0) and the scale halted at (NO_SCALE = -1 if none).
+    """
+    check_p0(p0)
+    return _classes(np.asarray(probabilities, dtype=np.float64), p0)
+
+
+def cascade_radii(lower: np.ndarray, upper: np.ndarray, *, sigmas: Sequence[float], p0: float = 0.5) -> np.ndarray:
+    """R(k, y) of every scale and class, from bounds on the class probabilities of every scale.
+
+    Parameters
+    ----------
+    lower, upper : float arrays [..., K, num_classes]
+        Bounds on P_k(x)[c] that hold together; the probabilities themselves where they are known.
+    sigmas : K floats, increasing, pixel units on [0, 1]
+    p0 : float in [1/2, 1)
+
+    Returns
+    -------
+    float64 array [..., K, num_classes], rounded down, in the units of sigma: no perturbation shorter than
+    R(k, y) keeps the cascade from answering y; 0 where nothing is proved.
+
+    Raises
+    ------
+    ValueError
+        For p0 below 1/2, where the statement is false, or sigmas that do not increase.
+    """
+    check_p0(p0)
+    sigmas = check_sigmas(sigmas)
+    lower, upper = np.broadcast_arrays(np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64))
+    if lower.ndim < 2 or lower.shape[-2] != len(sigmas):
+        raise ValueError(f"bounds must have shape [..., {len(sigmas)}, num_classes], got {lower.shape}")
+    return _radii(lower, upper, sigmas, p0)
+
+
+def _classes(probabilities: np.ndarray, p0: float) -> tuple[np.ndarray, np.ndarray]:
+    scales = _largest_true(probabilities.max(axis=-1) > p0)
+    top = np.take_along_axis(probabilities.argmax(axis=-1), np.maximum(scales, 0)[..., None], axis=-1)[..., 0]
+    return np.where(scales == NO_SCALE, ABSTAIN, top), scales
+
+
+def _radii(lower: np.ndarray, upper: np.ndarray, sigmas: np.ndarray, p0: float) -> np.ndarray:
+    scales, classes = lower.shape[-2:]
+    others = np.stack([np.delete(upper, y, axis=-1).max(axis=-1, initial=0.0) for y in range(classes)], axis=-1)
+    negative = _gap(p0, others, sigmas[:, None])  # [..., K, num_classes]: of scale j for the class y
+    own = _gap(lower, p0, sigmas[:, None])
+    return np.stack(
+        [np.minimum(own[..., k, :], negative[..., k + 1 :, :].min(axis=-2, initial=np.inf)) for k in range(scales)],
+        axis=-2,
+    )
+
+
+def _gap(high: np.ndarray | float, low: np.ndarray | float, sigma: np.ndarray) -> np.ndarray:
+    """sigma (Phi^-1(high) - Phi^-1(low)), rounded down; 0 where it is not positive.
+
+    With low = 1/2 it is `bounds.radius`, to the last bit. A difference of two quantiles keeps the error of the smaller.
+    """
+    z_high, z_low = special.ndtri(high), special.ndtri(low)
+    with np.errstate(invalid="ignore"):
+        exact = sigma * (z_high - z_low)
+        down = exact * (1 - OUTWARD) - 2 * OUTWARD * sigma * np.minimum(np.abs(z_high), np.abs(z_low))
+    down = np.where(np.isposinf(exact), exact, np.nextafter(down, 0.0))
+    return np.maximum(0.0, np.nan_to_num(down, nan=0.0, posinf=np.inf, neginf=-np.inf))
+
+
+def _largest_true(holds: np.ndarray) -> np.ndarray:
+    """The last index along the last axis at which it holds; NO_SCALE where it never does."""
+    last = holds.shape[-1] - 1 - holds[..., ::-1].argmax(axis=-1)
+    return np.where(holds.any(axis=-1), last, NO_SCALE)
+
+
+# --- from counts -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CascadeCertificates:
+    """What the counts of several scales prove, one entry an image; K scales, by increasing sigma.
+
+    `predict` is a class or ABSTAIN (with radius 0); `radius` is in the units of sigma. `scale` is the scale the
+    certificate rests on, and for the rules that halt also the one halted at, NO_SCALE if none. `reason` is
+
+    - `certified`
+    - `contested`: a class is above p0 at `scale`, but at a larger scale another class may be as well
+    - `undecided`: no class is proved to be above p0 (rule `released`: not at `scale`, where it stops)
+    - `passed`: rule `released` only, every scale was proved to be below p0
+
+    `classes` and `radii` hold the guessed class of each scale and what R(k, class) is proved there, so that rules can
+    be compared on one set of bounds; for `released` those of each scale with its own share of alpha.
+    """
+
+    predict: np.ndarray  # int64 [...]
+    radius: np.ndarray  # float64 [...]
+    scale: np.ndarray  # int64 [...]
+    reason: np.ndarray  # str [...]
+    classes: np.ndarray  # int64 [..., K]
+    radii: np.ndarray  # float64 [..., K]
+    own: np.ndarray  # float64 [..., K], R_k
+    negative: np.ndarray  # float64 [..., K], R_neg; infinite at the largest scale
+
+
+def alpha_per_statement(alpha: float, scales: int) -> float:
+    """What each of the statements about K scales may fail with so that all hold with probability 1 - alpha.
+
+    A lower bound and a family of upper bounds for every scale make 2K statements. With one scale there is nothing
+    to exclude, and its lower bound has the whole of alpha.
+    """
+    check_alpha(alpha)
+    if scales < 1:
+        raise ValueError(f"scales must be at least 1, got {scales}")
+    return alpha if scales == 1 else alpha / (2 * scales)
+
+
+def certify_cascade(
+    selection: np.ndarray,
+    estimation: np.ndarray,
+    *,
+    n: np.ndarray | int,
+    sigmas: Sequence[float],
+    alpha: float,
+    p0: float = 0.5,
+    rule: str = "max",
+    upper: str = "classes",
+) -> CascadeCertificates:
+    """Certify the cascade from the counts of every scale.
+
+    The class of each scale is guessed on `selection`; bounds come from `estimation`, separate draws.
+
+    Parameters
+    ----------
+    selection, estimation : int arrays [..., K, num_classes]
+        Row k holds the counts at the k-th smallest sigma.
+    n : int or int array, broadcast to [..., K]
+        Estimation samples, those without a vote included.
+    sigmas : K floats, increasing, pixel units on [0, 1]
+    alpha : float
+        Chance, over the sampling, that the certificate of an image is wrong; in (0, 1).
+    p0 : float in [1/2, 1)
+    rule : str
+        `max` takes the largest R(k, class of k) of all scales, and needs all of them sampled. `cascade` takes the
+        largest scale whose class is proved to be above p0. Both give every statement alpha / (2K), so that all hold
+        at once, whichever is used afterwards. `released` is the rule of the published code with exact bounds: the
+        s-th scale from the top has alpha / s, and a scale neither proved above nor below p0 ends in abstention. Each
+        stage alone keeps alpha, but the stage is chosen by the same counts, so the whole is proved for K alpha only.
+    upper : str
+        How the other classes of a scale share its upper bounds. `classes`: equally, all bounds hold at once.
+        `runner-up`: only the likeliest other class need be bounded, and its bound is at most that of the largest
+        count; there are two such classes at most, with and without the guessed one. Sound as well, and sharper.
+
+    Returns
+    -------
+    CascadeCertificates, of arrays [...]
+
+    Raises
+    ------
+    ValueError
+        For p0 below 1/2, sigmas that do not increase, shapes that do not fit, or an unknown rule.
+    """
+    check_p0(p0)
+    check_alpha(alpha)
+    sigmas = check_sigmas(sigmas)
+    for name, value, known in (("rule", rule, RULES), ("upper", upper, UPPER)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    selection, estimation, n = _check_counts(selection, estimation, n, len(sigmas))
+    certify = _released if rule == "released" else _all_at_once
+    return certify(selection, estimation, n, sigmas, alpha, p0, rule, upper)
+
+
+def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> CascadeCertificates:
+    scales, num_classes = estimation.shape[-2:]
+    a = alpha_per_statement(alpha, scales)
+    classes = selection.argmax(axis=-1)  # [..., K]
+    own = _gap(clopper_pearson_lower(_take(estimation, classes), n, a), p0, sigmas)
+    one, several = (num_classes - 1, num_classes) if upper == "classes" else (min(1, num_classes - 1), 2)
+    negative = np.full(own.shape, np.inf)
+    for j in range(1, scales):
+        # the guesses do not depend on the estimation samples; if all smaller scales guess one class, its votes need no bound
+        agree = (classes[..., :j] == classes[..., :1]).all(axis=-1)
+        for k in range(j):
+            most = _most_of_others(estimation[..., j, :], classes[..., k])
+            up = np.where(agree, *(_upper_bound(most, n[..., j], a, share) for share in (one, several)))
+            negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
+    radii = np.minimum(own, negative)
+    halted = _largest_true(own > 0)
+    best = scales - 1 - radii[..., ::-1].argmax(axis=-1)  # of equal ones the largest scale
+    scale = np.where(radii.max(axis=-1) > 0, best, halted) if rule == "max" else halted
+    radius = _at(radii, scale)
+    reason = np.where(radius > 0, "certified", np.where(scale == NO_SCALE, "undecided", "contested"))
+    predict = np.where(radius > 0, _at(classes, scale), ABSTAIN)
+    return CascadeCertificates(predict, radius, scale, reason, classes, radii, own, negative)
+
+
+def _released(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> CascadeCertificates:
+    scales, num_classes = estimation.shape[-2:]
+    classes = selection.argmax(axis=-1)
+    n_a = _take(estimation, classes)
+    own, negative = np.zeros(n_a.shape), np.full(n_a.shape, np.inf)
+    halts, stops = np.zeros(n_a.shape, dtype=bool), np.zeros(n_a.shape, dtype=bool)
+    for k in range(scales):
+        a = alpha / (scales - k)  # as many statements as scales have been asked
+        lower = clopper_pearson_lower(n_a[..., k], n[..., k], a)
+        halts[..., k] = lower >= p0
+        stops[..., k] = clopper_pearson_upper(n_a[..., k], n[..., k], a) >= p0
+        own[..., k] = _gap(lower, p0, sigmas[k])
+        for j in range(k + 1, scales):
+            most = _most_of_others(estimation[..., j, :], classes[..., k])
+            share = num_classes - 1 if upper == "classes" else min(1, num_classes - 1)
+            up = _upper_bound(most, n[..., j], a, share)
+            negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
+    radii = np.minimum(own, negative)
+    scale = _largest_true(stops)  # whoever halts stops
+    radius = np.where(_at(halts, scale), _at(radii, scale), 0.0)
+    reason = np.select(
+        [scale == NO_SCALE, ~_at(halts, scale), radius > 0], ["passed", "undecided", "certified"], "contested"
+    )
+    predict = np.where(radius > 0, _at(classes, scale), ABSTAIN)
+    return CascadeCertificates(predict, radius, scale, reason, classes, radii, own, negative)
+
+
+def _upper_bound(k: np.ndarray, n: np.ndarray, a: float, share: int) -> np.ndarray:
+    """Upper bounds at a / share; with no other class (share 0) the chance is 0."""
+    return clopper_pearson_upper(k, n, a / share) if share else np.zeros(k.shape)
+
+
+def _most_of_others(counts: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The largest count of a class but the given one; counts [..., num_classes], classes [...]."""
+    return np.where(np.arange(counts.shape[-1]) == classes[..., None], 0, counts).max(axis=-1)
+
+
+def _take(counts: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(counts, classes[..., None], axis=-1)[..., 0]
+
+
+def _at(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """values [..., K] at a scale [...]; 0 or False at NO_SCALE."""
+    found = np.take_along_axis(values, np.maximum(scale, 0)[..., None], axis=-1)[..., 0]
+    return np.where(scale == NO_SCALE, np.zeros((), values.dtype), found)
+
+
+# --- from records ------------------------------------------------------------------------------------
+
+
+def cascade_certificates(
+    records: Mapping[float, Record] | Sequence[Record],
+    *,
+    alpha: float | None = None,
+    p0: float = 0.5,
+    rule: str = "max",
+    upper: str = "classes",
+    n: int | None = None,
+) -> pd.DataFrame:
+    """Certificates of the images that all records hold complete: `certify_cascade` for a table.
+
+    The theorem takes each scale's base classifier as it comes, one network for all scales or another for each. Equal
+    seeds give the scales equal draws, scaled; that correlates their errors and leaves the certificates valid.
+
+    Parameters
+    ----------
+    records : mapping from sigma to Record, or Records
+        Votes on the same images, of fixed n, one record a scale.
+    alpha : float, optional
+        For each image, over all scales; the records' own by default.
+    p0, rule, upper : as in `certify_cascade`
+    n : int, optional
+        Use only the first n estimation samples; a block edge of every record. Fix it before looking.
+
+    Returns
+    -------
+    DataFrame with idx, label, predict (ABSTAIN = -1), radius (rounded down), correct, scale (the sigma the certificate
+    rests on, and which a halting rule halts at; NaN if none), reason, own_radius and negative_radius (R_k and R_neg of
+    that scale; NaN if none), calls (base classifier calls the rule needs: of all scales for `max`, else from the largest
+    to the one halted at), n0, n (of one scale), alpha, alpha_statement (NaN for `released`), p0, rule, noise, key, image_id;
+    one row an image, by idx.
+
+    Raises
+    ------
+    RecordError
+        If the records are not of the same images, or no image is complete in all of them.
+    """
+    by_sigma = _by_sigma(records)
+    sigmas, chosen = sorted(by_sigma), [by_sigma[s] for s in sorted(by_sigma)]
+    _check_same_data(chosen)
+    alpha = _one_of({r.stopping_rule.alpha for r in chosen}, "alpha") if alpha is None else alpha
+    votes = [record.votes(n).set_index("image_id") for record in chosen]
+    ids = sorted(set.intersection(*(set(v.index) for v in votes)), key=lambda i: int(votes[0].at[i, "index"]))
+    if not ids:
+        raise RecordError(f"no image is complete at all of the scales {', '.join(f'{s:g}' for s in sigmas)}")
+    votes = [v.loc[ids] for v in votes]
+    about = votes[0]
+    for v, sigma in zip(votes, sigmas, strict=True):
+        if not np.array_equal(v["label"], about["label"]):
+            raise RecordError(f"the record at sigma {sigma:g} gives other labels than the one at {sigmas[0]:g}")
+    counts = [np.stack([np.stack(v[c].to_list()) for v in votes], axis=1) for c in _COUNTS]  # [images, K, num_classes]
+    samples = np.stack([v["n"].to_numpy() for v in votes], axis=1)  # [images, K]
+    found = certify_cascade(*counts, n=samples, sigmas=sigmas, alpha=alpha, p0=p0, rule=rule, upper=upper)
+    none, label = found.scale == NO_SCALE, about["label"].to_numpy()
+    spent = np.stack([v["n0"].to_numpy() for v in votes], axis=1) + samples
+    asked = np.arange(len(sigmas)) >= (0 if rule == "max" else np.maximum(found.scale, 0)[:, None])
+    return pd.DataFrame(
+        {
+            "idx": about["index"].to_numpy(),
+            "label": label,
+            "predict": found.predict,
+            "radius": found.radius,
+            "correct": (found.predict == label) & (found.predict != ABSTAIN),
+            "scale": np.where(none, np.nan, np.array(sigmas)[found.scale]),
+            "reason": found.reason,
+            "own_radius": np.where(none, np.nan, _at(found.own, found.scale)),
+            "negative_radius": np.where(none, np.nan, _at(found.negative, found.scale)),
+            "calls": (spent * asked).sum(axis=1),
+            "n0": about["n0"].to_numpy(),
+            "n": about["n"].to_numpy(),
+            "alpha": alpha,
+            "alpha_statement": np.nan if rule == "released" else alpha_per_statement(alpha, len(sigmas)),
+            "p0": p0,
+            "rule": rule,
+            "noise": chosen[0].identity.noise,
+            "key": about["key"].to_numpy(),
+            "image_id": np.array(ids),
+        }
+    )
+
+
+_COUNTS = ("counts_selection", "counts_estimation")
+
+
+def error_rates(
+    records: Mapping[float, Record] | Sequence[Record], *, p0: float = 0.5, n: int | None = None
+) -> pd.DataFrame:
+    """Where each scale fails, by the shares of its estimation votes: what fine-tuning is meant to move.
+
+    Over-smoothing is that no class has a share above p0, over-confidence that a wrong one has. These are shares of
+    images, from estimates and not from bounds; for comparison only.
+
+    Returns
+    -------
+    DataFrame with sigma, images, right, over_smoothing, over_confidence; one row a scale, by sigma.
+    """
+    check_p0(p0)
+    rows = []
+    for sigma, record in sorted(_by_sigma(records).items()):
+        votes = record.votes(n)
+        if votes.empty:
+            raise RecordError(f"the record at sigma {sigma:g} has no complete image yet")
+        share = np.stack(votes["counts_estimation"].to_list()) / votes["n"].to_numpy()[:, None]
+        above, right = share.max(axis=1) > p0, share.argmax(axis=1) == votes["label"].to_numpy()
+        rows.append((sigma, len(votes), (above & right).mean(), (~above).mean(), (above & ~right).mean()))
+    return pd.DataFrame(rows, columns=["sigma", "images", "right", "over_smoothing", "over_confidence"])
+
+
+def _by_sigma(records: Mapping[float, Record] | Sequence[Record]) -> dict[float, Record]:
+    if not isinstance(records, Mapping):
+        records = list(records)
+        if len({r.sigma for r in records}) < len(records):
+            raise RecordError(f"a cascade needs one record a sigma, got {[r.sigma for r in records]}")
+        records = {r.sigma: r for r in records}
+    for sigma, record in records.items():
+        if float(sigma) != record.sigma:
+            raise RecordError(f"the record given for sigma {sigma:g} was sampled at {record.sigma:g}")
+    if not records:
+        raise RecordError("a cascade needs at least one record")
+    return {record.sigma: record for record in records.values()}
+
+
+def _check_same_data(records: Sequence[Record]) -> None:
+    for what in ("dataset", "split", "num_classes", "noise"):
+        _one_of({getattr(r.identity, what) for r in records}, what)
+    digests: dict[int, str] = {}
+    for record in records:
+        rows = record.rows()
+        for image_id, digest in zip(rows["image_id"], rows["digest"], strict=True):
+            if digests.setdefault(image_id, digest) != digest:
+                raise RecordError(f"the records hold different images under the id {image_id}")
+
+
+def _one_of(values: set, what: str):
+    if len(values) != 1:
+        raise RecordError(f"the records of a cascade must agree in {what}, got {', '.join(map(str, sorted(values)))}")
+    return next(iter(values))
+
+
+# --- prediction without a certificate ----------------------------------------------------------------
+
+
+def fast_predict(
+    counts: np.ndarray, clean_logits: np.ndarray, *, n: np.ndarray | int, p0: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """The published fast prediction: few votes a scale as a prior on the unsmoothed classifier's answer.
+
+    It accepts the largest scale whose top class has a share of at least p0 of the votes and returns the argmax of
+    log softmax(clean logits) + log(0.9 votes / n + 0.1 / num_classes); where no scale is accepted, the clean answer.
+    Nothing about it is certified, and its accuracy must not stand beside certified accuracy as if it were.
+
+    Parameters
+    ----------
+    counts : int array [..., K, num_classes]
+        Row k holds the votes at the k-th smallest sigma (200 a scale in the released code).
+    clean_logits : float array [..., num_classes]
+    n : int or int array, broadcast to [..., K]
+
+    Returns
+    -------
+    classes, scales : int64 arrays [...]; NO_SCALE where no scale was accepted.
+    """
+    check_p0(p0)
+    counts, logits = np.asarray(counts), np.asarray(clean_logits, dtype=np.float64)
+    _, counts, n = _check_counts(counts, counts, n, counts.shape[-2] if counts.ndim > 1 else 1)
+    if logits.shape != (*counts.shape[:-2], counts.shape[-1]):
+        raise ValueError(f"clean_logits {logits.shape} do not fit counts {counts.shape}: [..., num_classes] is wanted")
+    share = counts / n[..., None]
+    scales = _largest_true(share.max(axis=-1) >= p0)
+    accepted = np.take_along_axis(share, np.maximum(scales, 0)[..., None, None], axis=-2)[..., 0, :]
+    prior = np.where((scales == NO_SCALE)[..., None], 1.0, 0.9 * accepted + 0.1 / counts.shape[-1])
+    return (logits + np.log(prior)).argmax(axis=-1), scales
+
+
+# --- checks ------------------------------------------------------------------------------------------
+
+
+def check_p0(p0: float) -> None:
+    """p0 must be at least 1/2: below, two classes can exceed it at once, and certificates would be false."""
+    if not (isinstance(p0, (int, float, np.floating)) and 0.5 <= p0 < 1):
+        raise ValueError(f"p0 must lie in [1/2, 1), got {p0!r}: below 1/2 two classes can exceed it at once")
+
+
+def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
+    """The scales of a cascade as a float64 array; they must increase, as the rows of the counts do."""
+    sigmas = np.asarray(sigmas, dtype=np.float64).reshape(-1)
+    for sigma in sigmas:
+        check_sigma(float(sigma))
+    if not len(sigmas) or (np.diff(sigmas) <= 0).any():
+        raise ValueError(f"sigmas must increase, as the rows of the counts do, got {sigmas.tolist()}")
+    return sigmas
+
+
+def _check_counts(selection, estimation, n, scales: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    selection, estimation = np.asarray(selection), np.asarray(estimation)
+    if selection.shape != estimation.shape or estimation.ndim < 2 or estimation.shape[-2] != scales:
+        raise ValueError(
+            f"counts must both have shape [..., {scales}, num_classes], got {selection.shape} and {estimation.shape}"
+        )
+    if not (np.issubdtype(selection.dtype, np.integer) and np.issubdtype(estimation.dtype, np.integer)):
+        raise ValueError(f"counts must be whole numbers, got {selection.dtype} and {estimation.dtype}")
+    n = np.broadcast_to(np.asarray(n), estimation.shape[:-1])
+    if (estimation < 0).any() or (estimation.sum(axis=-1) > n).any():
+        raise ValueError("estimation counts must be at least 0 and sum to at most n at every scale")
+    return selection, estimation, n
