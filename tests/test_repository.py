@@ -102,7 +102,9 @@ def test_committed_data_is_what_its_readme_says():
     for path in files:
         relative = path.relative_to(ROOT / "data").as_posix()
         assert f"`{relative}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in readme, relative
-    for table in (ROOT / "data" / "records" / "rows").iterdir():  # one line for all rows of a table, as sha256sum lists files
+    for table in (
+        ROOT / "data" / "records" / "rows"
+    ).iterdir():  # one line a table, of all its files as sha256sum lists them
         parts = sorted(p for p in table.rglob("*") if p.suffix in {".parquet", ".safetensors"})
         listed = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(table).as_posix()}\n" for p in parts]
         digest = hashlib.sha256("".join(listed).encode()).hexdigest()
