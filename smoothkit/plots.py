@@ -435,7 +435,7 @@ def difference_figure(differences: pd.DataFrame, reference: str, title: str = ""
         fig.add_vline(x=0, line={"color": "#444444", "width": 1, "dash": "dot"}, row=1, col=panel)
     dress(fig, title or f"Difference to {reference}, with 95% intervals", None, None)
     fig.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
-    fig.update_xaxes(nticks=4, tickangle=0, zeroline=False)
+    fig.update_xaxes(nticks=3, tickangle=0, zeroline=False)
     fig.update_layout(showlegend=False, height=150 + 44 * len(names), margin_l=24, margin_t=96)
     fig.update_yaxes(automargin=True)
     return fig
