@@ -3,7 +3,7 @@
     python data/make_pretrained.py [--variant reduced] [--only tin32-vit-clean ...] [--device cuda]
 
 Needs the data set under SMOOTHKIT_DATA. A checkpoint an epoch is kept in runs/pretraining, where an interrupted run goes
-on. The reduced variant takes 12 to 20 minutes a model on one core.
+on. The reduced variant took 19 to 35 minutes a model on one core beside other work; cards say.
 """
 
 import argparse

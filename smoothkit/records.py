@@ -16,9 +16,9 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -124,7 +124,7 @@ class Record:
         parts = self.path / "parts"
         number = 1 + max((int(p.name.split("-")[1]) for p in parts.glob("part-*.parquet")), default=-1)
         final = parts / f"part-{number:06d}-{secrets.token_hex(4)}.parquet"
-        _write_atomically(final, lambda file: pq.write_table(table, file, write_page_checksum=True, compression="zstd"))
+        write_atomically(final, lambda file: pq.write_table(table, file, write_page_checksum=True, compression="zstd"))
 
     # --- reading ---
 
@@ -267,7 +267,7 @@ def create_record(path: str | os.PathLike | None, identity: Identity, class_name
         raise RecordError(f"{path} exists and is no record; give a new or empty folder")
     (path / "parts").mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "identity": dataclasses.asdict(identity), "class_names": list(class_names)}
-    _write_atomically(path / "run.json", lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
+    write_atomically(path / "run.json", lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
     return Record(path, identity, class_names)
 
 
@@ -303,7 +303,8 @@ def _read_part(path: Path) -> pa.Table:
     return table
 
 
-def _write_atomically(final: Path, write) -> None:
+def write_atomically(final: Path, write: Callable[[BinaryIO], None]) -> None:
+    """A file that appears whole or not at all, and stays after a power cut; `write` gets it open for bytes."""
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:

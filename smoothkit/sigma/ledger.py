@@ -18,12 +18,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from smoothkit.records import write_atomically
 
 FORMAT = 1
 DIGEST = 32  # bytes
@@ -250,18 +251,4 @@ def _take(lock: BinaryIO, folder: Path) -> None:
 
 
 def _replace(final: Path, content: dict[str, Any]) -> None:
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # make the new name survive a power cut; Windows cannot open folders
-        handle = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_atomically(final, lambda file: file.write(json.dumps(content, indent=1).encode()))
