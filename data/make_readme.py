@@ -15,6 +15,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import torch
 
@@ -67,6 +68,19 @@ def notebooks_table() -> str:
         for name, (level, what) in NOTEBOOKS.items()
     ]
     return format_table(pd.DataFrame(rows, columns=["notebook", "level", "measured", "question"]), "markdown")
+
+
+def exercises_table() -> str:
+    """What to plan for each notebook: how long it runs, how many exercises it has and the minutes they ask for."""
+    seconds = _times()["notebooks"]
+    rows = []
+    for name in NOTEBOOKS:
+        cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        minutes = [int(m) for m in re.findall(r"^\*\*\d+\. .*?\*\* \((\d+) minutes", text, flags=re.M)]
+        rows.append((f"[{name}]({name}.ipynb)", f"{seconds[name]:.0f} s", str(len(minutes)), f"{sum(minutes)} min"))
+    columns = ["notebook", "runs in", "exercises", "time for them"]
+    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
 def times_sentence() -> str:
@@ -200,6 +214,7 @@ PARTS = {
         "times": times_sentence,
         "benchmarks": benchmarks_table,
     },
+    ROOT / "notebooks" / "README.md": {"exercises": exercises_table},
     HERE / "README.md": {"starters": starters_table, "pretrained": pretrained_table, "files": files_table},
 }
 

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_claims(commands)
     _add_bench(commands)
+    _add_workshop(commands)
     return parser
 
 
@@ -286,3 +287,21 @@ def _print_benchmark(name: str, result, path: Path) -> None:
     for other, ratio in result.others.items():
         print(f"{name} {other} ratio={ratio:.2f}")
     print(f"{name} ratio={result.ratio:.2f}", flush=True)
+
+
+# --- workshop ----------------------------------------------------------------------------------------
+
+
+def _add_workshop(commands) -> None:
+    parser = _command(commands, "workshop", _workshop, "write participants' copies of the notebooks, without solutions")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names as 00_start_here; all if none is given")
+    parser.add_argument("--out", default="workshop", metavar="DIR", help="where the copies go")
+    parser.add_argument("--again", action="store_true", help="write over copies that somebody has worked in")
+
+
+def _workshop(options: argparse.Namespace) -> int:
+    from smoothkit.workshop import write_workshop
+
+    written = write_workshop(options.out, options.notebooks or None, again=options.again)
+    print(f"{len(written)} notebooks without solutions in {options.out}; open them with: jupyter lab {options.out}")
+    return 0

@@ -5,16 +5,22 @@ A record is a folder:
     run.json                    format, identity, class names; written once
     parts/part-000000-a1b2c3d4.parquet    rows (image, purpose, block) -> counts; provenance in the metadata
 
-Parts appear by atomic rename and are never rewritten, so a killed run loses at most the blocks it was
-sampling. *Identity* (data, model, sigma, seed, noise, precision, stopping rule) must agree for a run to
+    parts/journal-000000-e5f6a7b8.jsonl     rows that are in no part yet: of a run that goes on, or was killed
+
+Parts appear by atomic rename and are never rewritten; until then finished blocks stand in a journal, so a killed run
+loses the block it was sampling. Parts, journal lines and run.json carry checksums.
+*Identity* (data, model, sigma, seed, noise, precision, stopping rule) must agree for a run to
 go on; *provenance* (device, versions, compute batch) is kept per part. Radii are not stored: they are
 computed from the counts on reading. This module knows votes and nothing else.
 """
 
 import dataclasses
+import hashlib
+import html
 import itertools
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,13 +29,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smoothkit.types import StoppingRule, block_edges
 
 FORMAT = 1
 SELECT, ESTIMATE = "select", "estimate"
+PER_IMAGE = "per-image"  # in place of a record's sigma where each image has its own
 BLOCK_KEY = ["image_id", "purpose", "start", "stop"]
+PROVENANCE, IDENTITY, CHECKSUM = "smoothkit", "smoothkit.identity", "smoothkit.sha256"  # of a part, in its metadata
 _SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # position in the whole split
@@ -43,6 +52,7 @@ _SCHEMA = pa.schema(
         ("counts", pa.list_(pa.int64())),
     ]
 )
+_WITH_SIGMA = _SCHEMA.append(pa.field("sigma", pa.float64()))  # of a record with a sigma for each image
 
 
 class RecordError(ValueError):
@@ -59,7 +69,7 @@ class Identity:
     model: str
     fingerprint: str
     num_classes: int
-    sigma: float
+    sigma: float | str  # PER_IMAGE: each row says its own
     seed: int
     noise: str  # "grid:255" or "float"
     precision: str
@@ -92,6 +102,7 @@ class Row:
     start: int
     stop: int
     counts: tuple[int, ...]
+    sigma: float | None = None  # of this image, in a record with a sigma for each
 
 
 class Record:
@@ -104,10 +115,27 @@ class Record:
     sigma = property(lambda self: self.identity.sigma)
     stopping_rule = property(lambda self: self.identity.stopping_rule)
     num_classes = property(lambda self: self.identity.num_classes)
+    per_image = property(lambda self: self.identity.sigma == PER_IMAGE, doc="Whether each image has a sigma of its own.")
+    _schema = property(lambda self: _WITH_SIGMA if self.per_image else _SCHEMA)
 
     def __repr__(self) -> str:
         where = self.path if self.path else "in memory"
-        return f"Record({where}: {self.identity.model} on {self.identity.dataset}, sigma={self.sigma:g}, n={self.stopping_rule.n:,})"
+        return f"Record({where}: {self.identity.model} on {self.identity.dataset}, sigma={self.sigma}, n={self.stopping_rule.n:,})"
+
+    def _repr_html_(self) -> str:
+        known, rule = self.identity, self.stopping_rule
+        about = {
+            "record": self._name(),
+            "base classifier": known.model,
+            "images": f"{known.dataset}, {self.rows()['image_id'].nunique():,} with votes so far",
+            "noise": f"sigma = {self.sigma}, {known.noise}, seed {known.seed}",
+            "samples": f"n0 = {rule.n0:,}, n = {rule.n:,}, rule {rule.kind}",
+        }
+        rows = "".join(
+            f'<tr><td style="text-align:left">{what}</td><td style="text-align:left">{html.escape(text)}</td></tr>'
+            for what, text in about.items()
+        )
+        return f"<table>{rows}</table>"
 
     # --- writing ---
 
@@ -116,15 +144,28 @@ class Record:
         rows = list(rows)
         if not rows:
             return
+        if any((row.sigma is not None) != self.per_image for row in rows):
+            raise RecordError(f"{self._name()}: rows must say a sigma if, and only if, the record's is {PER_IMAGE!r}")
         if self.path is None:
             self._memory.extend(rows)
             return
-        table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=_SCHEMA)
-        table = table.replace_schema_metadata({b"smoothkit": json.dumps(provenance).encode()})
-        parts = self.path / "parts"
-        number = 1 + max((int(p.name.split("-")[1]) for p in parts.glob("part-*.parquet")), default=-1)
-        final = parts / f"part-{number:06d}-{secrets.token_hex(4)}.parquet"
+        table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=self._schema)
+        about = {PROVENANCE: json.dumps(provenance), IDENTITY: json.dumps(dataclasses.asdict(self.identity))}
+        table = table.replace_schema_metadata(about)
+        table = table.replace_schema_metadata({**about, CHECKSUM: _checksum(table)})
+        final = self._new_file("part", "parquet")
         write_atomically(final, lambda file: pq.write_table(table, file, write_page_checksum=True, compression="zstd"))
+
+    def journal(self) -> "Journal":
+        """Where a run keeps finished rows until they are written as a part."""
+        return Journal(None if self.path is None else self._new_file("journal", "jsonl"))
+
+    def _new_file(self, kind: str, ending: str) -> Path:
+        """A name after those that are there, and another for each process that asks."""
+        parts = self.path / "parts"
+        numbers = (re.match(rf"{kind}-(\d+)-", p.name) for p in parts.glob(f"{kind}-*"))
+        number = 1 + max((int(found[1]) for found in numbers if found), default=-1)
+        return parts / f"{kind}-{number:06d}-{secrets.token_hex(4)}.{ending}"
 
     # --- reading ---
 
@@ -133,7 +174,23 @@ class Record:
 
     def provenance(self) -> list[dict[str, Any]]:
         """Device, versions and compute batch of each part."""
-        return [json.loads(_read_part(p).schema.metadata[b"smoothkit"]) for p in self.parts()]
+        of_parts = [json.loads(self.read_part(p).schema.metadata[PROVENANCE.encode()]) for p in self.parts()]
+        return of_parts + [line["provenance"] for p in self.journals() for line in read_journal(p)[-1:]]
+
+    def journals(self) -> list[Path]:
+        return [] if self.path is None else sorted((self.path / "parts").glob("journal-*.jsonl"))
+
+    def read_part(self, path: Path) -> pa.Table:
+        """A part's rows; refuses one that is damaged or belongs to another record."""
+        table = _read_part(path, self._schema)
+        known = (table.schema.metadata or {}).get(IDENTITY.encode())
+        differences = self.identity.differences(Identity.from_json(json.loads(known))) if known else []
+        if differences:
+            raise RecordError(
+                f"{path} belongs to another record, or run.json is not the one it was written under: it has "
+                f"{'; '.join(differences)}; move the part away, or restore run.json from a copy"
+            )
+        return table
 
     def rows(self) -> pd.DataFrame:
         """All rows, equal duplicates collapsed.
@@ -144,13 +201,15 @@ class Record:
             If a part is damaged, or two rows of one block disagree.
         """
         if self.path is None:
-            frame = pd.DataFrame([dataclasses.asdict(row) for row in self._memory], columns=_SCHEMA.names)
+            frame = pd.DataFrame([dataclasses.asdict(row) for row in self._memory], columns=self._schema.names)
         else:
-            tables = [_read_part(p) for p in self.parts()]
+            journals = [line["row"] for p in self.journals() for line in read_journal(p)]  # first: they become parts
+            tables = [self.read_part(p) for p in self.parts()]
+            tables += [pa.Table.from_pylist(journals, schema=self._schema)] if journals else []
             frame = (
                 pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pandas()
                 if tables
-                else pd.DataFrame(columns=_SCHEMA.names)
+                else pd.DataFrame(columns=self._schema.names)
             )
         frame["counts"] = [tuple(int(c) for c in counts) for counts in frame["counts"]]
         wrong = frame[
@@ -170,7 +229,18 @@ class Record:
                 f"{self._name()}: image {clash['key'].iloc[0]} has two different counts for one block; "
                 f"the parts come from different runs or machines: keep only one of them"
             )
+        if self.per_image:
+            self._check_one_sigma_an_image(frame)
         return frame
+
+    def _check_one_sigma_an_image(self, frame: pd.DataFrame) -> None:
+        known = frame[["image_id", "key", "sigma"]].drop_duplicates()
+        twice = known[known.duplicated("image_id")]
+        if len(twice):
+            raise RecordError(f"{self._name()}: image {twice['key'].iloc[0]} was sampled at two sigmas; keep one run's parts")
+        odd = known[~(np.isfinite(known["sigma"]) & (known["sigma"] > 0))]
+        if len(odd):
+            raise RecordError(f"{self._name()}: image {odd['key'].iloc[0]} has sigma {odd['sigma'].iloc[0]}; restore a copy")
 
     def votes(self, n: int | None = None) -> pd.DataFrame:
         """One row an image whose selection and estimation samples are complete.
@@ -182,7 +252,7 @@ class Record:
 
         Returns
         -------
-        DataFrame with index, key, image_id, label, counts_selection, counts_estimation (int64 arrays), n0, n;
+        DataFrame with index, key, image_id, label, sigma, counts_selection, counts_estimation (int64 arrays), n0, n;
         sorted by index.
         """
         rule = self.stopping_rule
@@ -196,6 +266,7 @@ class Record:
         frame = self.rows()
         ids, first, image = np.unique(frame["image_id"], return_index=True, return_inverse=True)
         about = frame.iloc[first][["index", "key", "image_id", "label"]].reset_index(drop=True)
+        about["sigma"] = frame["sigma"].to_numpy(np.float64)[first] if self.per_image else float(self.sigma)
         complete = np.ones(len(ids), dtype=bool)
         for purpose, column, need in ((SELECT, "counts_selection", rule.n0), (ESTIMATE, "counts_estimation", n)):
             mine = ((frame["purpose"] == purpose) & (frame["stop"] <= need)).to_numpy()
@@ -267,6 +338,7 @@ def create_record(path: str | os.PathLike | None, identity: Identity, class_name
         raise RecordError(f"{path} exists and is no record; give a new or empty folder")
     (path / "parts").mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "identity": dataclasses.asdict(identity), "class_names": list(class_names)}
+    about["sha256"] = _digest_of_description(about)
     write_atomically(path / "run.json", lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
     return Record(path, identity, class_names)
 
@@ -285,22 +357,110 @@ def open_record(path: str | os.PathLike) -> Record:
         raise RecordError(f"{path / 'run.json'} cannot be read ({error}); restore it from a copy") from None
     if known != FORMAT:
         raise RecordError(f"{path} has record format {known}, this version reads {FORMAT}; update smoothkit")
+    if about.get("sha256", _digest_of_description(about)) != _digest_of_description(about):
+        raise RecordError(f"{path / 'run.json'} does not fit its checksum; restore it from a copy")
     try:
         return Record(path, Identity.from_json(about["identity"]), tuple(about["class_names"]))
     except (KeyError, TypeError) as error:
         raise RecordError(f"{path / 'run.json'} lacks a field ({error}); restore it from a copy") from None
 
 
-def _read_part(path: Path) -> pa.Table:
+def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
         raise RecordError(
             f"{path} is damaged ({str(error).splitlines()[0][:120]}); move it away and run again: its votes are sampled anew, the same"
         ) from None
-    if not table.schema.equals(_SCHEMA):
+    if not table.schema.equals(schema):
         raise RecordError(f"{path} is no part of a vote record: its columns are {', '.join(table.column_names)}")
+    stated = (table.schema.metadata or {}).get(CHECKSUM.encode())
+    if stated is not None and stated.decode() != _checksum(table):
+        raise RecordError(
+            f"{path} is damaged (its rows do not fit their checksum); move it away and run again: its votes are sampled anew, the same"
+        )
     return table
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a part states the checksum of its contents; those of the first version have checksums of pages only."""
+    return CHECKSUM.encode() in (pq.read_schema(path).metadata or {})
+
+
+def _checksum(table: pa.Table) -> str:
+    """sha256 over a part's rows, provenance and identity, whatever the file looks like."""
+    digest = hashlib.sha256()
+    for name in (PROVENANCE, IDENTITY):
+        digest.update((table.schema.metadata or {}).get(name.encode(), b"") + b"\0")
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        digest.update(f"{name} {len(values)} {values.null_count}".encode())
+        if pa.types.is_list(values.type):
+            digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            values = values.flatten()
+        if pa.types.is_string(values.type):
+            digest.update("\0".join(str(v) for v in values.to_pylist()).encode())
+        else:
+            digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_description(about: dict[str, Any]) -> str:
+    known = {name: value for name, value in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """Finished rows, a line each with its checksum, handed to the operating system at once; gone when they are in a part."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._file = path, None
+
+    def add(self, row: Row, provenance: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        line = json.dumps({"row": dataclasses.asdict(row), "provenance": provenance})
+        whole = f"{_digest_of_line(line)} {line}\n".encode()
+        if os.write(self._file, whole) != len(whole):
+            raise OSError(f"{self.path} could not be written whole; is the disk full?")
+
+    def clear(self) -> None:
+        """All its rows are in a part."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            self.path.unlink(missing_ok=True)
+
+
+def _digest_of_line(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:16]
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Its lines, as {"row": ..., "provenance": ...}; one that was being written when the run was killed is left out.
+
+    Raises
+    ------
+    RecordError
+        If a line before the last is damaged.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:  # its rows have become a part meanwhile
+        return []
+    found = []
+    for number, line in enumerate(lines):
+        digest, _, text = line.partition(b" ")
+        if digest != _digest_of_line(text.decode(errors="replace")).encode():
+            if number < len(lines) - 1:
+                raise RecordError(
+                    f"{path} is damaged at line {number + 1}; move it away and run again: its votes are sampled anew, the same"
+                )
+            break
+        found.append(json.loads(text))
+    return found
 
 
 def write_atomically(final: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -1,6 +1,7 @@
 """The few things every part of the package speaks of: votes, certificates, stopping rules."""
 
 import dataclasses
+import html
 
 import numpy as np
 
@@ -111,6 +112,24 @@ class Votes:
         """The class with most votes; ties go to the lowest."""
         return int(self.counts.argmax())
 
+    def ranked(self, most: int = 6) -> list[tuple[str, int]]:
+        """(who, votes) for the classes with most votes, then for all others, then for copies that voted for nobody."""
+        order = [int(c) for c in np.argsort(-self.counts, kind="stable") if self.counts[c]]
+        shown = [(f"class {c}", int(self.counts[c])) for c in order[:most]]
+        rest, silent = int(self.counts[order[most:]].sum()), self.n - int(self.counts.sum())
+        return shown + [(who, k) for who, k in (("other classes", rest), ("nobody", silent)) if k]
+
+    def __repr__(self) -> str:
+        return f"Votes(n={self.n:,}: {', '.join(f'{who} {k:,}' for who, k in self.ranked()) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><td style="text-align:left">{who}</td><td>{k:,}</td><td style="text-align:left">'
+            f'<div style="background:#0072b2;height:.8em;width:{180 * k / self.n:.1f}px"></div></td></tr>'
+            for who, k in self.ranked()
+        )
+        return f"<table><caption>{self.n:,} noisy copies</caption>{rows}</table>"
+
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
@@ -152,7 +171,9 @@ class Certificate:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.sentence()}</p>"
+        settings = f"n0 = {self.n0:,}, n = {self.n:,}, alpha = {self.alpha:g}, rule {self.rule}"
+        settings += f", p_A at least {floor_to(self.p_a_lower, 4):.4f}"
+        return f"<p>{html.escape(self.sentence())}<br><small>{html.escape(settings)}</small></p>"
 
 
 def _noise_in_words(noise: str) -> str:

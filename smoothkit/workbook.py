@@ -122,7 +122,7 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"{what} {name!r} is unknown{hint} There are: {', '.join(known) or 'none'}")
 
 
-def _chosen(names: Iterable[str] | str | None, source: Path) -> list[str]:
+def chosen_notebooks(names: Iterable[str] | str | None, source: Path) -> list[str]:
     """Full names for what was asked for: `00_start_here`, `00_start_here.ipynb` and `00` are the same."""
     known = notebook_names(source)
     chosen = []
@@ -191,7 +191,7 @@ def run_notebooks(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     parameters = load_preset(preset, source)
     out = Path(out or Path("runs") / preset).resolve()
-    plan = [_plan(name, parameters.get(name, {}), source, out, jobs) for name in _chosen(names, source)]
+    plan = [_plan(name, parameters.get(name, {}), source, out, jobs) for name in chosen_notebooks(names, source)]
     for folder in ("notebooks", "figures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     results = _run_all(plan, preset, out, jobs, timeout, log)

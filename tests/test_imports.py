@@ -16,15 +16,15 @@ ORDER = [
     "denoise.diffusion", "denoise.trained", "denoise.calibrate", "denoise", "forward", "batches", "records", "votes",
     "bounds", "certify.fixed", "certify.sequential", "certify.cascade", "certify.smoothed", "certify", "logs", "report",
     "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
-    "sigma.selectors", "sigma.reading", "sigma",
+    "sigma.sound", "sigma.selectors", "sigma.reading", "sigma",
     "rows", "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
-    "gallery", "workbook", "checks", "cli", "__main__",
+    "gallery", "workbook", "workshop", "checks", "cli", "__main__",
 ]  # fmt: skip
 # heavy or particular libraries, and the modules named for them
 WITHOUT_TORCH = {
     "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "certify.cascade", "logs",
-    "report", "claims", "plots", "gallery", "workbook", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
-    "sigma.reading", "sigma",
+    "report", "claims", "plots", "gallery", "workbook", "workshop", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
+    "sigma.reading", "sigma.sound", "sigma",
 }  # fmt: skip
 ONLY_IN = {
     "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},

@@ -52,7 +52,7 @@ def test_commands_are_the_same_in_the_parser_and_the_readme():
     done = subprocess.run([sys.executable, "-m", "smoothkit", "--help"], capture_output=True, text=True, check=True)
     offered = set(re.findall(r"^    (\w[\w-]*) ", done.stdout, flags=re.M))
     described = set(re.findall(r"^\| `smoothkit ([\w-]+)", (ROOT / "README.md").read_text(), flags=re.M))
-    assert offered == described == {"run", "certify", "report", "claims", "bench"}
+    assert offered == described == {"run", "certify", "report", "claims", "bench", "workshop"}
 
 
 def test_make_targets_are_described():
