@@ -32,8 +32,9 @@ from scipy import stats
 
 from smoothkit.certify import certificates
 from smoothkit.logs import round_down
-from smoothkit.records import Record, RecordError, compact, open_record
+from smoothkit.records import PER_IMAGE, Record, RecordError, compact, open_record
 from smoothkit.report import average_certified_radius, certified_accuracy
+from smoothkit.sigma.sound import read_sound
 from smoothkit.types import check_alpha, check_sigma
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ ATTACKS = ("pgd", "ddn")
 RADII = (0.0, 0.25, 0.5, 0.75)
 CLASSIFIER, STARTER = "classifier", "starter:"  # a folder beside a record, or one of the workbook's starters
 _SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
+HELD_OUT = "held-out"
 OF_ROW, RANDOM = "row:", "random:"  # in front of a base: another row's classifier; an architecture with new weights
-_CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images")  # say nothing about how it is trained
+_CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images", "search", "selector")  # say nothing about how it is trained
 
 
 class RowError(ValueError):
@@ -66,7 +68,11 @@ class Row:
     in front leaves its weights random, and `row:NAME` is the classifier of another row. `num_classes` puts a new head
     on it. `method` is what is trained: nothing (`clean`), the whole base (`full`), its head (`head`), or an adapter with
     the settings in `adapter`, the keyword arguments of the function of that name in `smoothkit.adapters`; an `ensemble`
-    has `members: {SIGMA: row:NAME}` there. `images` are certified, `train_images` trained on, both by `Images.take`.
+    has `members: {SIGMA: row:NAME}` there. `images` are certified, `train_images` trained on, both by `Images.take`;
+    `held-out` certifies the share `validation` of the training images that training leaves out.
+    With `search` (see `sigma.settings.parse_search`) each image is certified at a sigma of its own, found from `sigma`; with
+    `selector` beside it (`sigma.settings.SELECTORS`) at the one a sound selector chooses. A `table` of sigmas trains
+    each image with its own (`sigma.table.SigmaTable`).
     A classifier to `keep` is rounded to half precision after training, and stored beside its record, or, where `keep`
     is `starter:NAME`, as that starter.
     `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
@@ -109,6 +115,9 @@ class Row:
     noise_seed: int = 0
     images: str = "all"
     keep: bool | str = False
+    search: dict = dataclasses.field(default_factory=dict)
+    selector: dict = dataclasses.field(default_factory=dict)
+    table: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -132,6 +141,8 @@ class Row:
             raise RowError("a coordinator is trained by steps, not epochs; give steps: 500")
         if self.adapter and self.method in WITHOUT_ADAPTER:
             raise RowError(f"adapter settings {sorted(self.adapter)} with method {self.method}, which has no adapter")
+        if self.selector and not self.search:
+            raise RowError("a selector is made of searched sigmas; give search: {steps: 100} or the like")
 
     @property
     def made_from(self) -> tuple[str, ...]:
@@ -281,11 +292,17 @@ def _with_random_weights(settings: dict[str, Any]) -> dict[str, Any]:
 def _checked(row: Row) -> Row:
     """Build everything small that training would build, so that an error comes before anything runs."""
     from smoothkit import adapters
-    from smoothkit.training import SPSA, parse
+    from smoothkit.training import SPSA
 
     if row.method != "clean":
-        parse(row.schedule or row.sigma)
+        _schedule(row)
         _loss(row)
+    if row.search or row.selector:
+        from smoothkit.sigma.settings import check_selector, parse_search
+
+        parse_search(row.search)
+        if row.selector:
+            check_selector(row.selector)
     _check_keys("spsa: ", row.spsa, [f.name for f in dataclasses.fields(SPSA)])
     if row.method not in WITHOUT_ADAPTER:
         function = getattr(adapters, row.method)
@@ -293,6 +310,18 @@ def _checked(row: Row) -> Row:
         more = {"coordinator": ["encoder"], "ensemble": ["members"]}.get(row.method, [])
         _check_keys(f"adapter ({row.method}): ", row.adapter, [k for k in known if k != "seed"] + more)
     return row
+
+
+def _schedule(row: Row) -> Callable:
+    from smoothkit.training import parse
+
+    if not row.table:
+        return parse(row.schedule or row.sigma)
+    from smoothkit.sigma.settings import parse_table
+
+    if row.schedule:
+        raise RowError(f"a table of sigmas is a schedule; leave out schedule {row.schedule!r}")
+    return parse_table(row.sigma, row.table)
 
 
 def _loss(row: Row) -> Callable:
@@ -388,6 +417,10 @@ def build(
 
 def _base(row: Row, trained: "Callable[[str], BaseClassifier] | None") -> "BaseClassifier":
     if row.base.startswith(OF_ROW):
+        if trained is None:
+            raise RowError(
+                f"{row.name} is made from the {row.base.replace(':', ' ')}; give base=load_base(rows, folder, row), or trained="
+            )
         return trained(row.base.removeprefix(OF_ROW))
     return _loaded(row.base, row.seed, **row.model_args)
 
@@ -459,7 +492,7 @@ def train_row(
     if row.train_images != "all":
         images_train = images_train.take(row.train_images)
     shared = dict(
-        schedule=row.schedule or row.sigma, batch=row.batch, augment=crop_and_flip if row.crop_and_flip else None,
+        schedule=_schedule(row), batch=row.batch, augment=crop_and_flip if row.crop_and_flip else None,
         validation=row.validation or None, seed=row.seed, out=out, resume=out is not None, progress=progress,
     )  # fmt: skip
     if row.method == "coordinator":
@@ -479,18 +512,47 @@ def certify_row(
     images: "Images",
     *,
     out: str | os.PathLike | None = None,
+    train: "Images | None" = None,
     progress: bool = True,
     **how,
 ) -> Record:
-    """The votes of a row's classifier at its sigma, n0, n and alpha; kept in the folder `out`, where a run goes on.
+    """The votes of a row's classifier at its sigma, or sigmas, n0, n and alpha; kept in the folder `out`, where a run goes on.
 
-    `how` goes to `Smoothed`: batch, device, precision, compile.
+    `train` is the training split, for a row with a selector; `how` goes to `Smoothed`: batch, device, precision, compile.
     """
     from smoothkit.certify import Smoothed
 
-    smoothed = Smoothed(model, row.sigma, **how)
-    settings = dict(n0=row.n0, n=row.n, alpha=row.alpha, seed=row.noise_seed)
-    return smoothed.sample(images, out=out, progress=progress, **settings)
+    settings = dict(n0=row.n0, n=row.n, alpha=row.alpha, seed=row.noise_seed, progress=progress)
+    if row.search:
+        return _certify_searched(row, model, images, None if out is None else Path(out), train, **settings, **how)
+    return Smoothed(model, row.sigma, **how).sample(images, out=out, **settings)
+
+
+def _certify_searched(
+    row: Row, model, images: "Images", out: Path | None, train: "Images | None", **settings
+) -> Record:
+    from smoothkit.sigma.settings import sample_searched, sample_selected
+
+    settings |= dict(sigma0=row.sigma, search=row.search, out=out)
+    if not row.selector:
+        return sample_searched(model, images, **settings)
+    if train is None or out is None:
+        raise RowError(f"{row.name} has a selector, which needs the training images and a folder; give train= and out=")
+
+    def new_selector(num_classes: int) -> "BaseClassifier":
+        return build(dataclasses.replace(row, method="full", base=Row.base, num_classes=num_classes))
+
+    return sample_selected(model, images, train, selector=row.selector, new_selector=new_selector, **settings)
+
+
+def certified_images(row: Row, train: "Images", test: "Images") -> "Images":
+    """Those a row is certified on: of the test split, or the ones its training holds out."""
+    if row.images != HELD_OUT:
+        return test.take(row.images)
+    from smoothkit.training.common import split_images
+
+    images, positions = split_images(train.take(row.train_images), row.validation, row.seed)[1]
+    return images.at(positions, f"{HELD_OUT}:{row.validation:g}:seed{row.seed}")
 
 
 def keep_row(
@@ -502,6 +564,10 @@ def keep_row(
     """
     folder = Path(folder)
     compact(record, folder)
+    if row.selector:
+        from smoothkit.sigma.settings import keep_selector
+
+        keep_selector(folder, record.path.parent)
     card = make_card(row, fitted, record) | ({"made_from": made_from} if made_from else {})
     _write_card(folder, card)
     return folder
@@ -734,7 +800,7 @@ def _certificates(path: Path, row: Row, card: dict[str, Any]) -> pd.DataFrame:
     record = open_record(path)
     rule = record.stopping_rule
     stated = {
-        "sigma": (record.sigma, row.sigma), "n": (rule.n, row.n), "n0": (rule.n0, row.n0),
+        "sigma": (record.sigma, PER_IMAGE if row.search else row.sigma), "n": (rule.n, row.n), "n0": (rule.n0, row.n0),
         "fingerprint": (record.identity.fingerprint, card["fingerprint"]),
     }  # fmt: skip
     odd = [
@@ -744,6 +810,8 @@ def _certificates(path: Path, row: Row, card: dict[str, Any]) -> pd.DataFrame:
     ]
     if odd:
         raise RowError(f"record and card do not belong together: {'; '.join(odd)}; make the row again")
+    if row.selector:
+        return read_sound(path, sigmas=row.selector["sigmas"])
     return certificates(record)
 
 

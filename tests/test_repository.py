@@ -52,7 +52,7 @@ def test_commands_are_the_same_in_the_parser_and_the_readme():
     done = subprocess.run([sys.executable, "-m", "smoothkit", "--help"], capture_output=True, text=True, check=True)
     offered = set(re.findall(r"^    (\w[\w-]*) ", done.stdout, flags=re.M))
     described = set(re.findall(r"^\| `smoothkit ([\w-]+)", (ROOT / "README.md").read_text(), flags=re.M))
-    assert offered == described == {"run", "certify", "report", "claims", "bench", "workshop"}
+    assert offered == described == {"run", "certify", "report", "claims", "audit", "bench", "workshop"}
 
 
 def test_make_targets_are_described():
@@ -71,6 +71,8 @@ def test_notebooks_are_stripped_and_have_their_anatomy(path):
     assert len(tagged) == 1
     for line in tagged[0].source.splitlines():
         assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"a parameter needs a type and a comment: {line}"
+    given = [line.split(":")[0] for line in tagged[0].source.splitlines()]
+    assert len(given) == len(set(given)), "a parameter is given twice"
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for part in ANATOMY:
         assert part in text, part

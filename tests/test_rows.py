@@ -140,6 +140,11 @@ def test_training_moves_what_the_method_trains_and_nothing_else(method, few, bas
     assert models.fingerprint(base) == models.fingerprint(models.load("starter:digits-vit-clean"))
 
 
+def test_a_row_made_from_another_says_what_it_needs(few):
+    with pytest.raises(RowError, match=r"r is made from the row pre; give base=load_base\(rows, folder, row\)"):
+        rows.train_row(Row(name="r", **{**TINY, "images": "all"}, base="row:pre"), few, progress=False)
+
+
 def test_a_clean_row_is_the_base_itself(few, base):
     fitted = rows.train_row(Row("a", method="clean", **TINY), few, base=base)
     assert (fitted.steps, fitted.trained.trained, fitted.interrupted) == (0, 0, False)
