@@ -1,7 +1,9 @@
 """The command line: `smoothkit COMMAND`, also `python -m smoothkit COMMAND`. Every command is thin."""
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +20,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_command(options)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send before they kill: ended like Ctrl-C, what is finished is written."""
+
+
+def stop_on_sigterm() -> None:
+    def stop(*_):
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
 def _run_command(options: argparse.Namespace) -> int:
     try:
         return options.command(options)
+    except Terminated:
+        print("smoothkit: terminated; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(
             "\nsmoothkit: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr
@@ -43,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_certify(commands)
     _add_report(commands)
     _add_claims(commands)
+    _add_audit(commands)
+    _add_merge(commands)
+    _add_pack(commands)
+    _add_plan(commands)
     _add_bench(commands)
     _add_workshop(commands)
     return parser
@@ -150,6 +171,7 @@ def _add_certify(commands) -> None:
 
 
 def _certify(options: argparse.Namespace) -> int:
+    stop_on_sigterm()
     from smoothkit.types import check_alpha, check_samples, check_sigma
 
     check_sigma(options.sigma)
@@ -209,12 +231,19 @@ def _add_report(commands) -> None:
     parser.add_argument("--radii", nargs="+", type=float, default=list(RADII), metavar="R", help="L2 radii")
     parser.add_argument("--alpha", type=float, default=None, help="recompute records at this failure probability")
     parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument(
+        "--figures", default=None, metavar="DIR", help="also draw them: DIR/index.html, with SVG, PDF, PNG and CSV"
+    )
 
 
 def _report(options: argparse.Namespace) -> int:
     from smoothkit.report import report
 
     _print_report(report(options.paths, options.radii, alpha=options.alpha), options.format)
+    if options.figures:
+        from smoothkit.gallery import report_figures
+
+        print(f"figures: {report_figures(options.paths, options.figures, alpha=options.alpha)}", file=sys.stderr)
     return 0
 
 
@@ -239,6 +268,128 @@ def _claims(options: argparse.Namespace) -> int:
     return 0
 
 
+# --- audit --------------------------------------------------------------------------------------------
+
+
+def _add_audit(commands) -> None:
+    parser = _command(
+        commands,
+        "audit",
+        _audit,
+        "check a record: files, settings, digests, radii, and votes drawn again; exit status 0 if all passed, 1 if "
+        "something failed, 3 if something could not be checked",
+    )
+    parser.add_argument("record", metavar="RECORD", help="folder of the record")
+    parser.add_argument("--redraw", type=int, default=20, metavar="K", help="images whose votes are drawn again")
+    parser.add_argument("--seed", type=int, default=None, help="of their choice; a fresh one if not given")
+    parser.add_argument(
+        "--data", default=None, metavar="D", help="the images, if the record's name does not lead there"
+    )
+    parser.add_argument("--size", type=int, default=None, help="of pictures, as in certify")
+    parser.add_argument("--model", default=None, metavar="M", help="the classifier, if its name does not lead there")
+    parser.add_argument("--device", default=None, help="where votes are drawn again")
+    parser.add_argument("--compile", action="store_true", help="compile the network where the record's was")
+    parser.add_argument("--format", choices=FORMATS, default="table")
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from smoothkit.audit import audit
+    from smoothkit.report import format_table
+
+    found = audit(
+        options.record,
+        redraw=options.redraw,
+        seed=options.seed,
+        images=_named_images(options),
+        base_classifier=_named_model(options),
+        device=options.device,
+        compile=options.compile,
+    )
+    print(format_table(found.table(), options.format), end="")
+    print(f"{found.path}: {found.verdict}")
+    return found.exit_status
+
+
+def _named_images(options: argparse.Namespace):
+    if options.data is None:
+        return None
+    from smoothkit import data
+    from smoothkit.records import open_record
+
+    known = open_record(options.record).identity
+    return data.load(options.data, split=known.split, subset=known.subset, size=options.size)
+
+
+def _named_model(options: argparse.Namespace):
+    if options.model is None:
+        return None
+    from smoothkit import models
+
+    return models.load(options.model)
+
+
+# --- merge, pack and plan ------------------------------------------------------------------------------
+
+
+def _add_merge(commands) -> None:
+    parser = _command(commands, "merge", _merge, "join the records of several machines, block by block")
+    parser.add_argument("records", nargs="+", metavar="RECORD", help="shards: they differ in their subset at most")
+    parser.add_argument("--out", required=True, metavar="RECORD", help="a new or empty folder")
+    parser.add_argument("--subset", default=None, help="what the images are together, where ranges do not say it")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from smoothkit.sharing import merge
+
+    merged = merge(options.records, options.out, subset=options.subset)
+    print(f"{merged.path}: {merged.rows()['image_id'].nunique():,} images of {merged.identity.subset}")
+    return 0
+
+
+def _add_pack(commands) -> None:
+    parser = _command(commands, "pack", _pack, "write a record as one zip file to share, without paths")
+    parser.add_argument("record", metavar="RECORD")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the zip file")
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from smoothkit.sharing import pack
+
+    packed = pack(options.record, options.out)
+    print(f"{packed}: {packed.stat().st_size:,} bytes")
+    return 0
+
+
+def _add_plan(commands) -> None:
+    parser = _command(
+        commands, "plan", _plan, "what certifying a data set would take: calls, hours, bytes moved, size of the record"
+    )
+    parser.add_argument("--data", required=True, metavar="D", help="a data set; imagenet and cifar10 need not be at hand")
+    parser.add_argument("--model", required=True, metavar="M", help="a model, or a network of the benchmarks")
+    parser.add_argument("--n", type=int, default=100_000, help="samples to estimate p_A")
+    parser.add_argument("--n0", type=int, default=100, help="samples to select the class")
+    parser.add_argument("--alpha", type=float, default=0.001, help="failure probability of each certificate")
+    parser.add_argument("--gpus", type=int, default=1, metavar="G", help="GPUs, or cores, that share the work")
+    parser.add_argument("--rate", type=float, default=None, help="noisy copies a second of one of them, if you know it")
+    parser.add_argument("--images", type=int, default=None, help="how many images; all of them if not given")
+    parser.add_argument("--price", type=float, default=None, help="of one of them for an hour, to have a cost")
+    parser.add_argument("--format", choices=FORMATS, default="table")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from smoothkit.plan import plan
+    from smoothkit.report import format_table
+
+    found = plan(
+        options.data, options.model, n=options.n, n0=options.n0, alpha=options.alpha, gpus=options.gpus,
+        rate=options.rate, images=options.images, price=options.price,
+    )  # fmt: skip
+    print(format_table(found.table(), options.format), end="")
+    for note in found.notes:
+        print(f"note: {note}")
+    return 0
+
+
 # --- bench -------------------------------------------------------------------------------------------
 
 
@@ -252,6 +403,8 @@ BENCHMARKS = {
     "samples": "a fixed n over sequential certification",
     "memory": "ART's peak memory over the engine's",
     "scaling": "two threads over one",
+    "sigma": "searching sigma over certifying with a fixed n",
+    "balls": "minutes for a memory of 10,000 certified balls (no ratio)",
     "gpu": "those of them that a GPU has a part in, on one, within ten minutes",
 }
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,10 @@ from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import Preprocessor
 
+from . import plots
 from .plots import PLOTLY_CONFIG, PLOTLY_JS, PLOTLY_MIME, ensure_plotly_js, plotly_div, script_json
+from .records import open_record
+from .report import ReportError, Result, about_records, load_result
 
 _WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
@@ -46,6 +50,52 @@ def build_gallery(out: str | Path) -> Path:
     part.write_text(_index(run, _read_figures(out), out), encoding="utf-8")
     os.replace(part, index)
     return index
+
+
+def report_figures(paths: Sequence[str | Path], out: str | Path, *, alpha: float | None = None) -> Path:
+    """The figures that records and certification logs give, for screen and for print, on one offline page.
+
+    Writes OUT/figures (HTML, SVG, PDF, PNG, the numbers as CSV) and OUT/index.html; each caption says what was certified
+    how, as far as the file knows.
+
+    Returns
+    -------
+    Path
+        The index page.
+
+    Raises
+    ------
+    ReportError
+        If a path holds no result, or predictions without radii.
+    """
+    results = [load_result(path, alpha=alpha) for path in paths]
+    without = [result.name for result in results if result.kind == "predict"]
+    if without:
+        raise ReportError(f"{', '.join(without)} holds predictions without radii, of which there is no curve to draw")
+    sigmas = [result.sigma for result in results]
+    by_sigma = None not in sigmas and len(set(sigmas)) == len(sigmas)
+    tables = dict(zip(sigmas if by_sigma else unique_names(results), (r.table for r in results), strict=True))
+    records = [open_record(result.path) for result in results if result.kind == "record"]
+    about = [about_records(records, alpha)] if records else []
+    about += [f"log {r.name}, σ = {r.sigma}, α {r.alpha_text}" for r in results if r.kind != "record"]
+    points, kept = plots.certified_accuracy_points(tables), Path(out) / "figures"
+    for fig, name, numbers, what in (
+        (plots.certified_accuracy_curve(tables, title="Certified accuracy"), "certified-accuracy", points, "Certified accuracy"),
+        (plots.certified_accuracy_print(tables), "certified-accuracy-print", points, "Certified accuracy, for print"),
+        (plots.radius_histogram(tables, title="Certified radii"), "certified-radii", None, "Certified radii; wrong answers hatched"),
+    ):  # fmt: skip
+        plots.keep(fig, name, numbers, figures_dir=kept, caption=f"{what}: {'; '.join(about)}.")
+    return build_gallery(out)
+
+
+def unique_names(results: Sequence[Result]) -> list[str]:
+    """A name for each result: the last folders of its path, as few as tell all apart."""
+    parts = [result.path.resolve().parts for result in results]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ReportError(f"{results[0].path} is named twice; name each record or log once")
 
 
 def _read_run(out: Path) -> dict:
@@ -210,6 +260,7 @@ table { border-collapse: collapse; width: 100%; background: var(--card); }
 th, td { text-align: left; padding: .45rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
 .ok { color: var(--good); } .failed, .interrupted { color: var(--bad); font-weight: bold; }
+details table { width: auto; } summary { cursor: pointer; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 1rem; grid-auto-flow: dense; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; background: var(--card); min-width: 0; }
@@ -234,15 +285,15 @@ document.querySelectorAll(".plotly").forEach(div => seen.observe(div));
 
 
 def _index(run: dict, figures: list[dict], out: Path) -> str:
-    preset = html.escape(run["preset"])
+    preset = f"preset <b>{html.escape(run['preset'])}</b> · " if run["preset"] else ""
     dates = [entry["date"] for entry in run["notebooks"].values()]
     date = max(dates, default=datetime.datetime.now().astimezone().isoformat(timespec="minutes"))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>smoothkit workbook: {preset}</title><style>{_CSS}</style>
+<title>smoothkit{f": {html.escape(run['preset'])}" if run["preset"] else ""}</title><style>{_CSS}</style>
 <script charset="utf-8" src="figures/{PLOTLY_JS}"></script></head><body><main>
 <h1>Certified robustness by randomized smoothing</h1>
-<p class="soft">preset <b>{preset}</b> · {html.escape(date.replace("T", " "))} · {html.escape(_versions())}</p>
+<p class="soft">{preset}{html.escape(date.replace("T", " "))} · {html.escape(_versions())}</p>
 {_notebook_table(run["notebooks"], out)}
 {_error_table(run["notebooks"])}
 {_figure_sections(run["notebooks"], figures, out)}
@@ -262,16 +313,32 @@ def _versions() -> str:
 
 def _notebook_table(notebooks: dict[str, dict], out: Path) -> str:
     rows = "".join(_notebook_row(name, notebooks[name], out) for name in sorted(notebooks))
-    head = "<tr><th>notebook</th><th>status</th><th>seconds</th><th>preset</th><th></th></tr>"
+    head = "<tr><th>notebook</th><th>status</th><th>seconds</th><th>preset</th><th></th><th></th></tr>"
     return f'<h2>Notebooks</h2><div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
 
 
 def _notebook_row(name: str, entry: dict, out: Path) -> str:
     page, status = f"notebooks/{name}.html", html.escape(entry["status"])
     title = f'<a href="{page}">{html.escape(name)}</a>' if (out / page).exists() else html.escape(name)
-    source = f'<a href="notebooks/{name}.ipynb">.ipynb</a>' if (out / f"notebooks/{name}.ipynb").exists() else ""
+    executed = out / f"notebooks/{name}.ipynb"
+    source = f'<a href="notebooks/{name}.ipynb">.ipynb</a>' if executed.exists() else ""
+    settings = "".join(
+        f"<tr><td><code>{html.escape(what)}</code></td><td><code>{html.escape(value)}</code></td></tr>"
+        for what, value in (notebook_settings(executed) if executed.exists() else {}).items()
+    )
+    shown = f"<details><summary>settings</summary><table>{settings}</table></details>" if settings else ""
     cells = f'<td>{title}</td><td class="{status}">{status}</td><td class="number">{entry["seconds"]:.0f}</td>'
-    return f"<tr>{cells}<td>{html.escape(entry['preset'])}</td><td>{source}</td></tr>"
+    return f"<tr>{cells}<td>{html.escape(entry['preset'])}</td><td>{shown}</td><td>{source}</td></tr>"
+
+
+def notebook_settings(executed: Path) -> dict[str, str]:
+    """The parameters that an executed notebook ran with, as written: its defaults, and what papermill put over them."""
+    found = {}
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            given = re.findall(r"^(\w+)(?:: \w+)? = (.+?)(?:  # .*)?$", cell.source, flags=re.MULTILINE)
+            found |= {name: value for name, value in given if name != "figures_dir"}
+    return found
 
 
 def _error_table(notebooks: dict[str, dict]) -> str:
@@ -286,7 +353,9 @@ def _error_table(notebooks: dict[str, dict]) -> str:
 def _figure_sections(notebooks: dict[str, dict], figures: list[dict], out: Path) -> str:
     sections: dict[str, list[str]] = {}
     for figure in figures:
-        sections.setdefault(figure["notebook"] or "Other figures", []).append(_figure_card(figure, out))
+        sections.setdefault(figure["notebook"] or ("Other figures" if notebooks else "Figures"), []).append(
+            _figure_card(figure, out)
+        )
     return "".join(
         f'<h2 id="{html.escape(name)}">{html.escape(name)}</h2><div class="figures">{"".join(cards)}</div>'
         for name, cards in sections.items()
@@ -297,7 +366,13 @@ def _figure_card(figure: dict, out: Path) -> str:
     name = figure["name"]
     links = "".join(
         f'<a href="figures/{name}.{ending}">{text}</a>'
-        for ending, text in (("html", "own page"), ("svg", "SVG"), ("pdf", "PDF"), ("csv", "numbers (CSV)"))
+        for ending, text in (
+            ("html", "own page"),
+            ("svg", "SVG"),
+            ("pdf", "PDF"),
+            ("png", "PNG"),
+            ("csv", "numbers (CSV)"),
+        )
         if (out / f"figures/{name}.{ending}").exists()
     )
     caption = f"<figcaption>{html.escape(figure['caption'])} {links}</figcaption>"

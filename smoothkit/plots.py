@@ -197,8 +197,13 @@ def _envelope_points(at: np.ndarray, curves: list[tuple[np.ndarray, int]]) -> pd
     return pd.DataFrame({"curve": ENVELOPE, "sigma": math.nan, **columns})
 
 
-def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: str = "Certified accuracy") -> go.Figure:
-    """Certified accuracy against the radius, one exact step curve for each table."""
+def certified_accuracy_curve(
+    tables: Tables, *, envelope: bool = False, title: str = "Certified accuracy", most: int | None = None
+) -> go.Figure:
+    """Certified accuracy against the radius, one exact step curve for each table.
+
+    With `most` a curve of more steps is drawn with that many of them, at or below the exact one, never above.
+    """
     tables = _checked_tables(tables)
     points = certified_accuracy_points(tables, envelope=envelope)
     fig = go.Figure()
@@ -210,7 +215,7 @@ def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: s
             x=best["radius"], y=best["certified_accuracy"], name=ENVELOPE, line=line, mode="lines", hovertemplate=hover
         )
     for position, key in enumerate(tables):
-        curve = points[points["curve"] == sigma_label(key)]
+        curve = _fewer_steps(points[points["curve"] == sigma_label(key)], most)
         fig.add_trace(_step_trace(curve, sigma_label(key), _style_of(key, position)))
     dress(fig, title, RADIUS_AXIS, "certified accuracy")
     fig.update_yaxes(range=[0, 1.02], dtick=0.2)
@@ -219,6 +224,13 @@ def certified_accuracy_curve(tables: Tables, *, envelope: bool = False, title: s
         legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
     )  # the curves fall away from there
     return fig
+
+
+def _fewer_steps(curve: pd.DataFrame, most: int | None) -> pd.DataFrame:
+    """Some of the steps, first and last among them; between two of them the value of the right one is drawn."""
+    if most is None or len(curve) <= most:
+        return curve
+    return curve.iloc[np.unique(np.linspace(0, len(curve) - 1, most).astype(int))]
 
 
 def _step_trace(curve: pd.DataFrame, name: str, style: Style) -> go.Scatter:
@@ -334,6 +346,25 @@ def votes_figure(
     `limits` maps a class to a lower and an upper confidence limit on its probability. Of many classes only the
     `most` voted for are shown; the rest, and copies that voted for nobody, get bars of their own.
     """
+    fig = go.Figure(votes_trace(counts, class_names, n, limits=limits, sigma=sigma, most=most))
+    fig.add_hline(y=0.5, line={"color": "#444444", "dash": "dot", "width": 1.5})
+    dress(fig, title, "class", f"share of {n:,} votes")
+    fig.update_xaxes(type="category", showgrid=False)
+    fig.update_yaxes(range=[0, 1.02], dtick=0.25)
+    fig.update_layout(showlegend=False, height=380, bargap=0.25)
+    return fig
+
+
+def votes_trace(
+    counts: Sequence[int],
+    class_names: Sequence[str],
+    n: int,
+    *,
+    limits: Mapping[int, tuple[float, float]] | None = None,
+    sigma: float | None = None,
+    most: int = 12,
+) -> go.Bar:
+    """The bars of `votes_figure` alone."""
     counts = np.asarray(counts, dtype=np.int64)
     if counts.ndim != 1 or len(class_names) != counts.size:
         raise ValueError(f"class_names must name the {counts.size} classes of counts, got {len(class_names)} names")
@@ -347,22 +378,14 @@ def votes_figure(
         if amount:
             names, votes, colours = [*names, label], [*votes, amount], [*colours, _NO_ANSWER]
     share = np.array(votes) / n
-    fig = go.Figure(
-        go.Bar(
-            x=names,
-            y=share,
-            customdata=votes,
-            marker_color=colours,
-            error_y=_error_bars(shown, share, limits),
-            hovertemplate=f"%{{x}}<br>%{{customdata}} of {n:,} votes (%{{y:.2%}})<extra></extra>",
-        )
+    return go.Bar(
+        x=names,
+        y=share,
+        customdata=votes,
+        marker_color=colours,
+        error_y=_error_bars(shown, share, limits),
+        hovertemplate=f"%{{x}}<br>%{{customdata}} of {n:,} votes (%{{y:.2%}})<extra></extra>",
     )
-    fig.add_hline(y=0.5, line={"color": "#444444", "dash": "dot", "width": 1.5})
-    dress(fig, title, "class", f"share of {n:,} votes")
-    fig.update_xaxes(type="category", showgrid=False)
-    fig.update_yaxes(range=[0, 1.02], dtick=0.25)
-    fig.update_layout(showlegend=False, height=380, bargap=0.25)
-    return fig
 
 
 def _classes_to_show(counts: np.ndarray, most: int) -> list[int]:
@@ -593,32 +616,40 @@ def show(
     Writes `<name>.html` (drawn by one `plotly.min.js` shared in the folder), `<name>.csv` (the numbers: `table`, or
     what the traces hold) and `<name>.json` (title, caption and the figure, for the gallery).
     """
-    _check_name(name)
     caption = caption or _plain(fig.layout.title.text or name)
-    bundle = json.loads(fig.to_json())
     if live is None:
+        bundle = json.loads(fig.to_json())
         _display({PLOTLY_MIME: {**bundle, "config": PLOTLY_CONFIG}, "text/plain": f"[figure: {caption}]"})
     else:
         live.update(fig, caption)
-    if not str(figures_dir):
-        return
+    if str(figures_dir):
+        keep(fig, name, table, figures_dir=figures_dir, caption=caption)
+
+
+def keep(
+    fig: go.Figure | Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path, caption: str = ""
+) -> None:
+    """Keep a figure with its numbers in a folder, as `show` does (plotly) or `show_print` (matplotlib), unseen."""
+    _check_name(name)
     folder = Path(figures_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(fig, Figure):
+        for ending in ("svg", "pdf", "png"):
+            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
+        _keep(folder, name, table, caption, image=f"{name}.svg")
+        return
     ensure_plotly_js(folder)
+    bundle = json.loads(fig.to_json())
     _keep(folder, name, figure_numbers(fig) if table is None else table, caption, figure=bundle)
     (folder / f"{name}.html").write_text(_figure_page(name, caption, bundle), encoding="utf-8")
 
 
 def show_print(fig: Figure, name: str, table: pd.DataFrame, *, figures_dir: str | Path = "", caption: str = "") -> None:
-    """Show a matplotlib figure as SVG and, given a folder, keep it as `<name>.svg` and `<name>.pdf` with numbers."""
-    _check_name(name)
+    """Show a matplotlib figure as SVG and, given a folder, keep it as `<name>.svg`, `.pdf` and `.png` with numbers."""
     caption = caption or name
     _display({"image/svg+xml": _rendered(fig, "svg").decode(), "text/plain": f"[figure: {caption}]"})
     if str(figures_dir):
-        folder = Path(figures_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for ending in ("svg", "pdf"):
-            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
-        _keep(folder, name, table, caption, image=f"{name}.svg")
+        keep(fig, name, table, figures_dir=figures_dir, caption=caption)
 
 
 def _display(bundle: dict) -> None:

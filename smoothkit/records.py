@@ -192,6 +192,10 @@ class Record:
             )
         return table
 
+    def sampled(self) -> str:
+        """When the last part was written, UTC; empty where no part says (older parts, or a record in memory)."""
+        return max((p["time"] for p in self.provenance() if "time" in p), default="")
+
     def rows(self) -> pd.DataFrame:
         """All rows, equal duplicates collapsed.
 
@@ -238,7 +242,8 @@ class Record:
         twice = known[known.duplicated("image_id")]
         if len(twice):
             raise RecordError(f"{self._name()}: image {twice['key'].iloc[0]} was sampled at two sigmas; keep one run's parts")
-        odd = known[~(np.isfinite(known["sigma"]) & (known["sigma"] > 0))]
+        sigmas = known["sigma"].to_numpy(np.float64)
+        odd = known[~(np.isfinite(sigmas) & (sigmas > 0))]
         if len(odd):
             raise RecordError(f"{self._name()}: image {odd['key'].iloc[0]} has sigma {odd['sigma'].iloc[0]}; restore a copy")
 
@@ -490,7 +495,7 @@ def compact(record: Record, path: str | os.PathLike) -> Record:
     rows = record.rows().sort_values(["index", "purpose", "start"])
     shared = [{k: v for k, v in p.items() if k != "time"} for p in record.provenance()]
     distinct = [p for i, p in enumerate(shared) if p not in shared[:i]]
-    copy.append(
-        [Row(**row) for row in rows.to_dict("records")], {"parts": distinct} if len(distinct) > 1 else distinct[0]
-    )
+    gathered = {"parts": distinct} if len(distinct) > 1 else distinct[0]
+    gathered |= {"time": last} if (last := record.sampled()) else {}
+    copy.append([Row(**row) for row in rows.to_dict("records")], gathered)
     return copy

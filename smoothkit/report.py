@@ -8,6 +8,7 @@ import dataclasses
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from scipy import stats
 
 from smoothkit.logs import infer_alpha, read_log, round_down
 from smoothkit.types import ABSTAIN, check_alpha
+
+if TYPE_CHECKING:
+    from smoothkit.records import Record
 
 FORMATS = ("table", "csv", "markdown", "latex")
 
@@ -172,7 +176,7 @@ def _from_record(path: Path, alpha: float | None) -> Result:
         name=path.name,
         kind="record",
         table=table,
-        sigma=float(record.sigma),
+        sigma=None if record.per_image else float(record.sigma),
         alpha=used,
         n=rule.n,
         alpha_text=f"{used:g}",
@@ -204,6 +208,36 @@ def _from_log(path: Path, alpha: float | None, *, sigma: float | None, n: int, c
         alpha_text=text,
         warnings=tuple(warnings),
     )
+
+
+def about_records(records: Sequence["Record"], alpha: float | None = None) -> str:
+    """Data, base classifier, sigma, n0, n, alpha, noise and date of one or more vote records in a line, for a caption.
+
+    What the records share is said once; what differs stands with each record's name.
+    """
+    said = [_about(record, alpha) for record in records]
+    shared = [text for text in said[0] if all(text in other for other in said)]
+    own = []
+    for record, texts in zip(records, said, strict=True):
+        rest = ", ".join(text for text in texts if text not in shared)
+        name = record.path.name if record.path else "in memory"
+        own.append(f"{name} ({rest})" if rest else name)
+    return f"{', '.join(shared)}; record{'s' if len(own) > 1 else ''} {', '.join(own)}"
+
+
+def _about(record: "Record", alpha: float | None) -> list[str]:
+    known, rule = record.identity, record.stopping_rule
+    sampled = record.sampled()[:10]
+    return [
+        f"{known.dataset} {known.split} ({known.subset})",
+        known.model,
+        "a σ for each image" if record.per_image else f"σ = {record.sigma:g}",
+        f"n0 = {rule.n0:,}",
+        f"n = {rule.n:,}" if rule.kind == "fixed" else f"n up to {rule.n:,} (rule {rule.kind})",
+        f"α = {rule.alpha if alpha is None else alpha:g}",
+        f"{known.noise} noise",
+        *([f"sampled {sampled}"] if sampled else []),
+    ]
 
 
 # --- reports -------------------------------------------------------------------------------------------

@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from smoothkit.training import Fitted
 
 CARD = "card.json"
-METHODS = ("clean", "full", "head", "lora", "bottleneck", "prompts", "certifying", "ensemble", "coordinator")
-WITHOUT_ADAPTER = ("clean", "full", "head")
+METHODS = (
+    "clean", "full", "head", "lora", "bottleneck", "prompts", "certifying", "ensemble", "coordinator", "denoiser",
+)  # fmt: skip
+WITHOUT_ADAPTER = ("clean", "full", "head", "denoiser")
 LOSSES = ("gaussian", "smoothadv", "macer", "consistency", "stability")
 ATTACKS = ("pgd", "ddn")
 RADII = (0.0, 0.25, 0.5, 0.75)
@@ -73,6 +75,8 @@ class Row:
     With `search` (see `sigma.settings.parse_search`) each image is certified at a sigma of its own, found from `sigma`; with
     `selector` beside it (`sigma.settings.SELECTORS`) at the one a sound selector chooses. A `table` of sigmas trains
     each image with its own (`sigma.table.SigmaTable`).
+    `denoiser` puts a denoiser in front (settings as in `denoise.make`), which stays as it is while the classifier learns on
+    denoised images; the method `denoiser` trains it in place of the classifier.
     A classifier to `keep` is rounded to half precision after training, and stored beside its record, or, where `keep`
     is `starter:NAME`, as that starter.
     `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
@@ -107,6 +111,7 @@ class Row:
     validation: float = 0.1
     seed: int = 0
     adapter: dict = dataclasses.field(default_factory=dict)
+    denoiser: dict = dataclasses.field(default_factory=dict)
     steps: int | None = None
     spsa: dict = dataclasses.field(default_factory=dict)
     n0: int = 100
@@ -139,6 +144,10 @@ class Row:
             raise RowError(f"keep must be true, false or, for a model trained whole, {STARTER}NAME, got {self.keep!r}")
         if self.method == "coordinator" and self.steps is None:
             raise RowError("a coordinator is trained by steps, not epochs; give steps: 500")
+        if self.keep and self.denoiser:
+            raise RowError("a row with a denoiser is not kept; leave keep out")
+        if self.method == "denoiser" and not self.denoiser:
+            raise RowError("the method denoiser needs a denoiser, as denoiser: {dncnn: {depth: 8}}")
         if self.adapter and self.method in WITHOUT_ADAPTER:
             raise RowError(f"adapter settings {sorted(self.adapter)} with method {self.method}, which has no adapter")
         if self.selector and not self.search:
@@ -159,9 +168,9 @@ class Row:
         settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
         del settings["sigma"]
         if self.method == "clean":
-            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes")}
+            settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes", "denoiser")}
         settings["made_from"] = [(rows[name].training_digest(rows), bool(rows[name].keep)) for name in self.made_from]
-        plain = {f.name: f.default for f in dataclasses.fields(self)} | {"model_args": {}}
+        plain = {f.name: f.default for f in dataclasses.fields(self)} | {"model_args": {}, "table": {}, "denoiser": {}}
         settings = {k: v for k, v in settings.items() if k not in plain or v != plain[k]}  # new fields change no digest
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
@@ -297,6 +306,10 @@ def _checked(row: Row) -> Row:
     if row.method != "clean":
         _schedule(row)
         _loss(row)
+    if row.denoiser:
+        from smoothkit.denoise.make import check_settings
+
+        check_settings(row.denoiser, trained=row.method == "denoiser")
     if row.search or row.selector:
         from smoothkit.sigma.settings import check_selector, parse_search
 
@@ -397,6 +410,9 @@ def build(
     trained : callable, optional
         Gives the trained classifier of another row by its name, where this one is made from others.
     """
+    if row.denoiser:
+        plain = dataclasses.replace(row, denoiser={}, method="clean" if row.method == "denoiser" else row.method)
+        return _behind_denoiser(row, build(plain, base, image_shape=image_shape, trained=trained), image_shape)
     from smoothkit import adapters
 
     if row.method == "ensemble":
@@ -433,6 +449,17 @@ def _loaded(name: str, seed: int, **model_args) -> "BaseClassifier":
         return models.load(name, **model_args)
     with seeded(seed):
         return models.load(name.removeprefix(RANDOM), pretrained=False, **model_args)
+
+
+def _behind_denoiser(
+    row: Row, classifier: "BaseClassifier", image_shape: tuple[int, int, int] | None
+) -> "BaseClassifier":
+    from smoothkit.denoise import DenoisedClassifier
+    from smoothkit.denoise.make import make_denoiser
+
+    channels = 1 if image_shape is None else image_shape[0]
+    denoiser = make_denoiser(row.denoiser, sigma=row.sigma, channels=channels, seed=row.seed)
+    return DenoisedClassifier(denoiser, classifier).eval()
 
 
 def _whole(row: Row, base: "BaseClassifier") -> "BaseClassifier":
@@ -501,6 +528,11 @@ def train_row(
         )
     copied = ("epochs", "lr", "optimiser", "weight_decay", "warmup", "layer_decay", "ema", "clip_norm", "precision")
     how = {name: getattr(row, name) for name in copied}
+    if row.method == "denoiser":
+        from smoothkit.denoise.make import train_denoiser
+
+        del shared["schedule"]
+        return train_denoiser(model, images_train, row.denoiser, on_epoch=on_epoch, **how, **shared)
     return fit(
         model, images_train, loss=_loss(row), description=f"training {row.name}", on_epoch=on_epoch, **how, **shared
     )
@@ -540,7 +572,7 @@ def _certify_searched(
         raise RowError(f"{row.name} has a selector, which needs the training images and a folder; give train= and out=")
 
     def new_selector(num_classes: int) -> "BaseClassifier":
-        return build(dataclasses.replace(row, method="full", base=Row.base, num_classes=num_classes))
+        return build(dataclasses.replace(row, method="full", base=row.selector["base"], num_classes=num_classes))
 
     return sample_selected(model, images, train, selector=row.selector, new_selector=new_selector, **settings)
 

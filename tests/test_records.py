@@ -168,7 +168,7 @@ def test_compact(record, tmp_path):
     record.append(complete(3), {"compute_batch": 100, "time": "a"})
     record.append(complete(4), {"compute_batch": 100, "time": "b"})
     copy = compact(record, tmp_path / "kept")
-    assert len(copy.parts()) == 1 and copy.provenance() == [{"compute_batch": 100}]
+    assert len(copy.parts()) == 1 and copy.provenance() == [{"compute_batch": 100, "time": "b"}]
     for column in ("counts_selection", "counts_estimation"):
         assert np.array_equal(np.stack(copy.votes()[column]), np.stack(record.votes()[column]))
     with pytest.raises(RecordError, match="already has parts"):

@@ -4,6 +4,7 @@ The released logs are read where SMOOTHKIT_DATA says; those tests skip where it 
 """
 
 import csv
+import datetime
 import io
 import itertools
 import zipfile
@@ -12,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
+from smoothkit import Smoothed, data
 from smoothkit import report as reports
+from smoothkit.gallery import report_figures
 from smoothkit.logs import read_log, write_log
+from smoothkit.records import compact, open_record
 from smoothkit.report import (
     FORMATS,
     KNOWN_MISPRINTS,
     ReportError,
+    about_records,
     average_certified_radius,
     certified_accuracy,
     certified_accuracy_interval,
@@ -390,3 +396,59 @@ def test_what_the_misprints_say_of_the_logs(cohen):
     assert certified_accuracy(half, [1.0, 1.5]).tolist() == pytest.approx([0.372, 0.286])
     assert half["radius"].max() < 2.0
     assert certified_accuracy(one, [0.0, 2.0]).tolist() == pytest.approx([0.436, 0.194])
+
+
+# --- figures of records, and what their captions say ---
+
+
+def kept_record(name):
+    return ROOT / "data" / "records" / name
+
+
+def test_a_caption_says_what_was_certified_how():
+    one, other = (open_record(kept_record(f"digits-vit-{s}-sigma-{s}")) for s in ("0.25", "0.50"))
+    alone = about_records([one])
+    for part in (
+        "digits test (all)",
+        "starter:digits-vit-0.25",
+        "σ = 0.25",
+        "n0 = 100",
+        "n = 10,000",
+        "α = 0.001",
+        "grid:256 noise",
+    ):
+        assert part in alone
+    assert alone.endswith("; record digits-vit-0.25-sigma-0.25")
+    both = about_records([one, other], alpha=0.05)
+    assert both.startswith("digits test (all), n0 = 100, n = 10,000, α = 0.05, grid:256 noise; records ")
+    assert both.count("n0 =") == 1 and "digits-vit-0.50-sigma-0.50 (starter:digits-vit-0.50, σ = 0.5)" in both
+
+
+def test_a_caption_says_when_the_votes_were_drawn(tmp_path):
+    images = data.load("digits", subset="first:1")
+    record = Smoothed(lambda x: x.flatten(1)[:, :10], 0.25, model_id="mine").sample(
+        images, n0=10, n=20, alpha=0.1, out=tmp_path / "r", progress=False
+    )
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    yesterday = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)).date().isoformat()
+    assert f"sampled {record.sampled()[:10]}" in about_records([record]) and record.sampled()[:10] in (today, yesterday)
+    assert compact(record, tmp_path / "kept").sampled() == record.sampled()
+
+
+def test_figures_of_records_are_on_one_page(tmp_path):
+    paths = [kept_record(f"digits-vit-{s}-sigma-0.25") for s in ("0.25", "clean")]
+    index = report_figures(paths, tmp_path / "out", alpha=0.01)
+    page, figures = index.read_text(), index.parent / "figures"
+    assert {p.suffix for p in figures.glob("certified-accuracy-print.*")} == {".svg", ".pdf", ".png", ".csv", ".json"}
+    points = pd.read_csv(figures / "certified-accuracy.csv")
+    assert set(points["curve"]) == {p.name for p in paths}  # one sigma twice: by name
+    assert "α = 0.01" in page and "http://" not in page.replace("http://www.w3.org", "")
+    with pytest.raises(ReportError, match="is named twice"):
+        report_figures([paths[0], paths[0]], tmp_path / "out")
+
+
+def test_figures_need_radii(tmp_path):
+    log = tmp_path / "predictions"
+    log.write_text("idx\tlabel\tpredict\tcorrect\ttime\n0\t1\t1\t1\t0:00:01\n")
+    with pytest.raises(ReportError, match="predictions holds predictions without radii"):
+        report_figures([log], tmp_path / "out")

@@ -268,3 +268,14 @@ def test_paths_inside_longer_words_stay():
 
 def test_index_of_an_empty_folder(tmp_path):
     assert workbook.build_gallery(tmp_path).read_text().startswith("<!DOCTYPE html>")
+
+
+def test_settings_are_what_the_notebook_ran_with(tmp_path):
+    path = tmp_path / "ran.ipynb"
+    injected = ('n = 5\nfigures_dir = "/somewhere"', "injected-parameters")
+    write_notebook(
+        path,
+        ('n: int = 3  # copies\nwhere: str = "a # b"  # a place\nfigures_dir: str = ""  # -', "parameters"),
+        injected,
+    )
+    assert gallery.notebook_settings(path) == {"n": "5", "where": '"a # b"'}
