@@ -737,7 +737,7 @@ def _figure_page(name: str, caption: str, bundle: dict) -> str:
 def certified_accuracy_print(
     tables: Tables, *, envelope: bool = False, title: str = "", size: tuple[float, float] = (5.2, 3.4)
 ) -> Figure:
-    """The certified-accuracy curves as a matplotlib figure of `size` inches; no pyplot, so safe in any thread."""
+    """The certified-accuracy curves as a matplotlib figure of `size` inches, wider with a long legend; no pyplot, so safe in any thread."""
     tables = _checked_tables(tables)
     points = certified_accuracy_points(tables, envelope=envelope)
     fig = Figure(figsize=size, layout="constrained")
@@ -764,7 +764,11 @@ def certified_accuracy_print(
     ax.set_title(title, loc="left", fontsize=11)
     ax.grid(color="#E3E7EC", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, handlelength=3.2)
+    if len(tables) <= 4:
+        ax.legend(frameon=False, handlelength=3.2)
+    else:  # it would lie on the curves
+        fig.legend(frameon=False, handlelength=3.2, loc="outside right upper", fontsize="small")
+        fig.set_size_inches(size[0] + 2.2, size[1])
     return fig
 
 
