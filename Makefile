@@ -10,30 +10,52 @@ WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test lab figures records starters readme lint format clean help
+.PHONY: run test test-browser lab figures records starters lock audits faults coverage fuzz scale readme lint format clean help
 
 run: $(READY)
-	$(BIN)/smoothkit run --preset $(PRESET) --jobs $(JOBS)
+	$(BIN)/smoothkit run $(NOTEBOOKS) --preset $(PRESET) --jobs $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --junitxml=runs/tests.xml
 
+test-browser: $(READY)
+	SMOOTHKIT_BROWSER_TESTS=1 $(BIN)/python -m pytest -rs tests/browser
+
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks  # this machine only, with a token
 
 figures: $(READY)
 	$(BIN)/smoothkit run 60_paper_figures --preset $(PRESET)
 
 records: $(READY)
 	$(BIN)/python data/make_records.py
-	$(BIN)/python data/make_rows.py noise-training
-	$(BIN)/python data/make_rows.py peft
+	for table in noise-training peft certifying noise-pretraining denoising sigma; do $(BIN)/python data/make_rows.py $$table || exit 1; done
+
+lock:  # the versions of requirements.lock anew; needs uv
+	uv pip compile pyproject.toml --extra test --extra distributed --extra fast --python-version 3.11 --universal \
+	  --custom-compile-command "make lock" --quiet --upgrade -o requirements.lock
+
+audits: $(READY)
+	$(BIN)/python tests/trust/audit_records.py
+
+faults: $(READY)
+	$(BIN)/python tests/trust/inject_faults.py
+
+coverage: $(READY)
+	$(BIN)/python tests/trust/measure_coverage.py
+
+fuzz: $(READY)
+	$(BIN)/python tests/trust/fuzz_inputs.py
+
+scale: $(READY)
+	$(BIN)/python tests/trust/simulate_scale.py
 
 readme: $(READY)
 	$(BIN)/python data/make_readme.py
 
 starters: $(READY)
 	$(BIN)/python data/make_starters.py
+	$(BIN)/python data/make_diffusion.py digits-ddpm
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -45,12 +67,16 @@ clean:
 	rm -rf $(VENV) runs
 
 help:
-	@echo "make run [PRESET=digits] [JOBS=1]   execute the notebooks, build runs/PRESET/index.html"
+	@echo "make run [PRESET=digits] [JOBS=1] [NOTEBOOKS='00 10']   execute them, build runs/PRESET/index.html"
 	@echo "make test                           all tests"
+	@echo "make test-browser                   JupyterLab in Chromium: notebooks 00 and 50, sliders, a reload; minutes"
 	@echo "make lab                            JupyterLab on notebooks/"
 	@echo "make figures [PRESET=digits]        regenerate the figures and tables of 60_paper_figures"
 	@echo "make records                        sample the committed vote records again, make missing rows (an hour or two)"
-	@echo "make starters                       train the starter models again (about ten minutes)"
+	@echo "make starters                       train the starter models of the digits again (about twenty minutes)"
+	@echo "make lock                           requirements.lock: one set of versions for reproducible installs"
+	@echo "make audits                         check every committed record, votes drawn again"
+	@echo "make faults, coverage, fuzz, scale  break it on purpose: results in data/trust, ten minutes each at most"
 	@echo "make readme                         numbers and figure of the READMEs from records"
 	@echo "make lint, make format, make clean"
 

@@ -30,7 +30,7 @@ ROOT = HERE.parent
 TIMES = HERE / "benchmarks" / "workbook-digits.json"
 FIGURE = HERE / "figures" / "certified-accuracy-digits.svg"
 RECORDS = [f"digits-vit-{sigma}-sigma-{sigma}" for sigma in ("0.12", "0.25", "0.50")]
-BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling")
+BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls", "panels")
 # notebook -> level and the question it answers
 NOTEBOOKS = {
     "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),
@@ -51,7 +51,24 @@ NOTEBOOKS = {
         "intermediate",
         "Pretrain on clean and noisy images, fine-tune on clean ones: one model for every sigma",
     ),
+    "30_sigma_selection": (
+        "advanced",
+        "A sigma for each input: what is certified, what a memory promises, and selectors that are sound",
+    ),
+    "40_diffusion_denoising": (
+        "intermediate",
+        "Denoise, then classify: a diffusion model in front of a classifier that never saw noise",
+    ),
+    "41_multiscale_smoothing": (
+        "advanced",
+        "Several noise levels in one certificate: the cascade, the best of all scales, and a tuned denoiser",
+    ),
+    "50_radius_explorer": (
+        "all",
+        "Play: votes, radii, decision regions in a slice, attacks against the certificate",
+    ),
     "60_paper_figures": ("all", "Every figure and table again from records, beside the published values"),
+    "70_scale_and_trust": ("all", "From a laptop to a thousand GPUs; what was broken on purpose and what survived"),
 }
 
 
@@ -142,6 +159,24 @@ def pretrained_table() -> str:
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
+def diffusion_table() -> str:
+    """Diffusion models, from their cards."""
+    rows = []
+    for path in sorted((HERE / "starters").glob("*-ddpm*/card.json")):
+        card = json.loads(path.read_text())
+        seen = card["test_psnr_of_one_shot_denoising_by_sigma"]
+        about = (
+            f"`{card['name']}`",
+            f"{card['parameters']:,}",
+            card["trained_on"],
+            f"{card['steps']:,}",
+            card["seconds"],
+        )
+        rows.append((*about, *(f"{seen[s]:.1f}" for s in ("0.25", "0.5", "1"))))
+    columns = ["starter", "parameters", "trained on", "steps", "seconds", "PSNR at 0.25", "PSNR at 0.5", "PSNR at 1"]
+    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
+
+
 def natural_table() -> str:
     """Rows of all tables on CIFAR-10."""
     lines = []
@@ -180,7 +215,7 @@ def benchmarks_table() -> str:
 
 MAKERS = {  # by what a starter's name begins with
     "digits-vit": "data/make_starters.py", "digits-ddpm": "data/make_diffusion.py",
-    "tin32": "data/make_pretrained.py", "cifar10": "data/make_rows.py",
+    "tin32": "data/make_pretrained.py", "cifar10-ddpm": "data/make_diffusion.py", "cifar10": "data/make_rows.py",
 }  # fmt: skip
 
 
@@ -215,7 +250,12 @@ PARTS = {
         "benchmarks": benchmarks_table,
     },
     ROOT / "notebooks" / "README.md": {"exercises": exercises_table},
-    HERE / "README.md": {"starters": starters_table, "pretrained": pretrained_table, "files": files_table},
+    HERE / "README.md": {
+        "starters": starters_table,
+        "pretrained": pretrained_table,
+        "diffusion": diffusion_table,
+        "files": files_table,
+    },
 }
 
 

@@ -19,12 +19,15 @@ import torch
 
 from smoothkit import data
 from smoothkit.attacks import noisy_logits
+from smoothkit.models import fingerprint
 from smoothkit.progress import format_seconds, say
+from smoothkit.records import open_record
 from smoothkit.rows import (
     STARTER,
     Row,
     RowError,
     build,
+    certified_images,
     certify_row,
     finish,
     keep_row,
@@ -35,7 +38,11 @@ from smoothkit.rows import (
     save_starter,
     train_row,
 )
+from smoothkit.sigma.search import SigmaSearch
+from smoothkit.sigma.settings import parse_search
 from smoothkit.training import Fitted
+from smoothkit.types import StoppingRule
+from smoothkit.votes import noise_form
 
 HERE = Path(__file__).parent
 STARTERS = HERE / "starters"
@@ -63,26 +70,45 @@ def origins(row: Row, rows: dict[str, Row]) -> dict[str, str]:
 def cost(rows: list[Row], images: dict[str, tuple[data.Images, data.Images]]) -> tuple[float, float]:
     """Seconds of training and of certifying that the rows will take about, from timed forward passes.
 
-    Rows made from others are not built for it; they count as the average of the rest.
+    Rows made from others are not built for it; a pass of theirs counts as the average of the rest.
     """
-    training, certifying, seen = [], [], set()
+    forward, by_name = {}, {row.name: row for row in rows}
     for row in rows:
-        if row.made_from:
-            continue
+        if not row.made_from:
+            forward[row.name] = forward_seconds(row, images[row.data][0])
+    average = sum(forward.values()) / max(1, len(forward))
+    training, certifying, seen = 0.0, 0.0, set()
+    for row in rows:
         train, test = images[row.data]
-        model = build(row, image_shape=tuple(train[0].shape)).eval()
-        batch = train.batch(0, TRIAL)
-        with torch.inference_mode():
-            model(batch)
-            began = time.perf_counter()
-            noisy_logits(model, batch, torch.zeros(4, *batch.shape))
-        forward = (time.perf_counter() - began) / (4 * len(batch))
-        certifying.append(forward * len(test.take(row.images)) * (row.n0 + row.n))
-        if row.training_digest() not in seen:
-            seen.add(row.training_digest())
-            training.append(forward * training_passes(row, len(train.take(row.train_images))))
-    share = len(rows) / max(1, len(certifying))
-    return sum(training) * share, sum(certifying) * share
+        seconds, trained = forward.get(row.name, average), set(row.made_from) <= by_name.keys()
+        certifying += seconds * certifying_passes(row, len(certified_images(row, train, test)), train)
+        if trained and (digest := row.training_digest(by_name)) not in seen:
+            seen.add(digest)
+            training += seconds * training_passes(row, len(train.take(row.train_images)))
+    return training, certifying
+
+
+def forward_seconds(row: Row, train: data.Images) -> float:
+    """Seconds of a forward pass of one image."""
+    model = build(row, image_shape=tuple(train[0].shape)).eval()
+    batch = train.batch(0, TRIAL)
+    with torch.inference_mode():
+        model(batch)
+        began = time.perf_counter()
+        noisy_logits(model, batch, torch.zeros(4, *batch.shape))
+    return (time.perf_counter() - began) / (4 * len(batch))
+
+
+def certifying_passes(row: Row, images: int, train: data.Images) -> float:
+    """Forward passes that the votes cost, those of searching sigmas and making a selector among them."""
+    search = SigmaSearch() if not row.search else parse_search(row.search)
+    searched = 3 * search.steps * search.draws + 2 * search.pilot
+    if not row.selector:
+        return images * (row.n0 + row.n + bool(row.search) * searched)
+    made_on = len(train.take(row.selector["train_images"]))
+    smoothed = row.selector["kind"] == "smoothed"
+    trained = 3 * row.selector["epochs"] * made_on if smoothed else 0
+    return images * (row.n0 + row.n) * (1 + smoothed) + made_on * searched + trained
 
 
 def training_passes(row: Row, images: int) -> float:
@@ -91,6 +117,9 @@ def training_passes(row: Row, images: int) -> float:
         return 0.0
     if row.method == "coordinator":
         return row.steps * row.batch * 2 * row.spsa.get("repeats", 5)
+    if row.method == "denoiser":  # calibration denoises two copies, and has the diffusion model's own loss
+        copies, before = 3 if "calibration" in row.denoiser else 1, row.denoiser.get("mse", {}).get("epochs", 0)
+        return (row.epochs + before) * images * (1 - row.validation) * 3 * copies
     copies = row.loss_settings.get("copies", {"macer": 16, "smoothadv": 2, "consistency": 2}.get(row.loss, 1))
     attacked = row.loss_settings.get("steps", 10) if "epsilon" in row.loss_settings else 0
     passes = 3 * (copies + (row.loss == "stability")) + 3 * copies * attacked
@@ -133,7 +162,10 @@ class Maker:
         else:
             votes = self.work / self.kept.name / f"votes-{row.name}"
             fitted = self.trained(row.name)
-            record = certify_row(row, fitted.model, self.images(row.data)[1].take(row.images), out=votes)
+            train, test = self.images(row.data)
+            images = certified_images(row, train, test)
+            self.copy_votes(row, fitted.model, images, votes)
+            record = certify_row(row, fitted.model, images, out=votes, train=train)
             keep_row(row, fitted, record, new, made_from=origins(row, self.rows))
             if isinstance(row.keep, str):
                 trained_on = self.images(row.data)[0].take(row.train_images)
@@ -143,6 +175,22 @@ class Maker:
             shutil.rmtree(votes)
         shutil.rmtree(self.kept / row.name, ignore_errors=True)
         new.rename(self.kept / row.name)
+
+    def copy_votes(self, row: Row, model: torch.nn.Module, images: data.Images, votes: Path) -> None:
+        """Where a kept row has the votes of the same classifier on the same noise, they are not sampled again."""
+        if row.search or votes.exists():
+            return
+        noise = str(noise_form("data", images))
+        wanted = (fingerprint(model), images.dataset, images.split, images.subset, row.sigma, row.noise_seed, noise)
+        rule = StoppingRule(n0=row.n0, n=row.n, alpha=row.alpha)
+        for path in sorted(self.kept.parent.glob("*/*/run.json")):
+            known = open_record(path.parent).identity
+            mine = (known.fingerprint, known.dataset, known.split, known.subset, known.sigma, known.seed, known.noise)
+            if mine == wanted and known.stopping_rule == rule:
+                say(f"{row.name}: has the votes of {path.parent.parent.name}/{path.parent.name}, copied from there")
+                shutil.copytree(path.parent / "parts", votes / "parts")
+                shutil.copy(path, votes / "run.json")
+                return
 
 
 def _is_alike(path: Path, row: Row) -> bool:

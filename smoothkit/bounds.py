@@ -123,12 +123,14 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def radius(p_a_lower: np.ndarray | float, sigma: float) -> np.ndarray:
+def radius(p_a_lower: np.ndarray | float, sigma: np.ndarray | float) -> np.ndarray:
     """L2 radius sigma * Phi^-1(p_a_lower), rounded down; 0 where p_a_lower <= 1/2.
 
-    The two-class simplification p_B = 1 - p_A of Cohen et al. 2019, Theorem 1. Units of `sigma`.
+    The two-class simplification p_B = 1 - p_A of Cohen et al. 2019, Theorem 1. Units of `sigma`, which is one for all or
+    an array of the same shape.
     """
-    check_sigma(sigma)
+    for s in np.unique(sigma):
+        check_sigma(float(s))
     p = np.asarray(p_a_lower, dtype=np.float64)
     if p.size and not ((p >= 0) & (p < 1)).all():
         raise ValueError(f"p_a_lower must lie in [0, 1), got values from {p.min()} to {p.max()}")

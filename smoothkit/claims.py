@@ -17,6 +17,7 @@ import yaml
 from scipy import stats
 
 from smoothkit.certify import certificates
+from smoothkit.certify.cascade import cascade_certificates
 from smoothkit.data import data_dir
 from smoothkit.records import open_record
 from smoothkit.report import cohen_tables
@@ -41,17 +42,27 @@ class Claim:
     holds: str  # yes, no, unclear, not measured
 
 
-def claims() -> pd.DataFrame:
-    """All claims that can be measured from what is at hand, one row each, columns as COLUMNS."""
-    return pd.DataFrame([dataclasses.asdict(c) for c in _all()], columns=list(COLUMNS))
+def claims(table: str | None = None) -> pd.DataFrame:
+    """All claims that can be measured from what is at hand, one row each, columns as COLUMNS.
+
+    With `table` only those of data/claims.yaml on that table (as `rows.open_table` names it).
+    """
+    found = _all() if table is None else _of_file(table)
+    return pd.DataFrame([dataclasses.asdict(c) for c in found], columns=list(COLUMNS))
 
 
 def _all() -> Iterator[Claim]:
     yield from _cohen_on_digits()
     yield from _cohen_published()
+    yield from _memory_on_digits()
+    yield from _of_file()
+
+
+def _of_file(table: str | None = None) -> Iterator[Claim]:
     for group in yaml.safe_load((data_dir() / "claims.yaml").read_text(encoding="utf-8")):
         for claim in group["claims"]:
-            yield from _of_rows(f"{group['system']}, {group['source']}", claim)
+            tables = {name: sigmas for name, sigmas in claim["tables"].items() if table in (None, name)}
+            yield from _of_rows(f"{group['system']}, {group['source']}", claim | {"tables": tables})
 
 
 # --- rows of tables ----------------------------------------------------------------------------------
@@ -69,13 +80,27 @@ def _of_rows(system: str, claim: dict[str, Any]) -> Iterator[Claim]:
             experiment = f"{folder.name}: {' - '.join(filled)}"
             shown = f"within {margin:g}" if "alike" in claim else f"{margin:+g}"
             known = dict(system=system, claim=words, experiment=experiment, margin=shown)
-            missing = [name for name in filled if not (folder / name).is_dir()]
-            data = rows[filled[0]].data
+            parts = [part for name in filled for part in _parts(name)[1]]
+            missing = [part for part in parts if not (folder / part).is_dir()]
+            data = rows[parts[0]].data
             if missing:
                 yield Claim(**known, data=data, measured="no record yet", interval="", holds="not measured")
                 continue
-            sides = [_certified(table, radius) for table in read_certificates(folder, names=filled).values()]
+            sides = [_certified(_table(folder, name), radius) for name in filled]
             yield _decided(known, data, sides, margin, alike="alike" in claim)
+
+
+def _parts(name: str) -> tuple[str, list[str]]:
+    """The rule and the rows of one side: `RULE: ROW ROW ...` for several scales in one certificate, else one row."""
+    rule, _, rest = name.rpartition(": ")
+    return rule, rest.split()
+
+
+def _table(folder: Path, name: str) -> pd.DataFrame:
+    rule, parts = _parts(name)
+    if rule:
+        return cascade_certificates([open_record(folder / part) for part in parts], rule=rule)
+    return next(iter(read_certificates(folder, names=parts).values()))
 
 
 def _decided(known: dict[str, str], data: str, sides: list[pd.Series], margin: float, alike: bool = False) -> Claim:
@@ -141,6 +166,36 @@ def _cohen_published() -> Iterator[Claim]:
         yield Claim(
             COHEN, claim, source, f"{dataset}, {rows} images", "as printed", f"{cell['measured']:.3f}",
             f"[{low:.3f}, {high:.3f}]", holds,
+        )  # fmt: skip
+
+
+# --- Alfarra et al. 2022 -----------------------------------------------------------------------------
+
+
+def _memory_on_digits() -> Iterator[Claim]:
+    """That certified balls of different labels never meet, so that a memory changes no answer."""
+    from smoothkit.data import load
+    from smoothkit.sigma.memory import Memory
+    from smoothkit.sigma.reading import through_memory
+
+    system = "Data-dependent smoothing (Alfarra et al. 2022), main text"
+    _, folder = open_table("sigma")
+    for name in ("gaussian-ds", "smoothadv-ds", "macer-ds"):
+        claim = f"the memory changes no answer: no certified balls of different labels overlap ({name})"
+        known = dict(system=system, claim=claim, experiment=f"{folder.name}: {name}", margin="none")
+        if not (folder / name).is_dir():
+            yield Claim(**known, data="digits", measured="no record yet", interval="", holds="not measured")
+            continue
+        (table,) = read_certificates(folder, names=[name]).values()
+        images = load("digits")
+        place = {image_id: i for i, image_id in enumerate(images.ids)}
+        memory = Memory(model=name, shape=tuple(images[0].shape))
+        asked = through_memory(memory, [images[place[i]] for i in table["image_id"]], table)
+        changed, n = int(asked["case"].isin([2, 3, 4]).sum()), len(asked)
+        low, high = _proportion_interval(changed, n)
+        holds = "no" if changed else "yes"
+        yield Claim(
+            **known, data=f"digits, {n} images", measured=f"{changed} of {n}", interval=f"[{low:.3f}, {high:.3f}]", holds=holds
         )  # fmt: skip
 
 

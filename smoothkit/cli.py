@@ -1,6 +1,7 @@
 """The command line: `smoothkit COMMAND`, also `python -m smoothkit COMMAND`. Every command is thin."""
 
 import argparse
+import contextlib
 import signal
 import sys
 import threading
@@ -168,6 +169,13 @@ def _add_certify(commands) -> None:
         help="compile the network; if not given, where the run is long enough to repay it",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; a GPU if there is one if not given")
+    elsewhere = parser.add_mutually_exclusive_group()
+    elsewhere.add_argument(
+        "--scheduler", default=None, metavar="ADDRESS", help="do the work on a Dask cluster, as tcp://host:8786"
+    )
+    elsewhere.add_argument(
+        "--devices", choices=("all",), default=None, help="use every GPU of this machine, a process for each"
+    )
 
 
 def _certify(options: argparse.Namespace) -> int:
@@ -177,7 +185,7 @@ def _certify(options: argparse.Namespace) -> int:
     check_sigma(options.sigma)
     check_alpha(options.alpha)
     check_samples("n0", options.n0)
-    from smoothkit.bounds import check_reach, radius_cap
+    from smoothkit.bounds import check_reach
 
     check_reach(options.n, options.alpha)
     _check_aim(options)
@@ -185,7 +193,6 @@ def _certify(options: argparse.Namespace) -> int:
 
     from smoothkit import data, models
     from smoothkit.certify import Smoothed
-    from smoothkit.report import report
 
     images = data.load(options.data, split=options.split, subset=options.subset, size=options.size)
     smoothed = Smoothed(
@@ -198,6 +205,35 @@ def _certify(options: argparse.Namespace) -> int:
     )
     common = dict(n0=options.n0, alpha=options.alpha, seed=options.seed, out=options.out)
     common["grid"] = {"grid": "data", "float": None, "exact-grid": "exact"}[options.noise]
+    with _executor(options) as executor:
+        return _sample(options, smoothed, images, common | {"executor": executor})
+
+
+@contextlib.contextmanager
+def _executor(options: argparse.Namespace):
+    """Where the work is done: None for this process."""
+    if options.scheduler:
+        try:
+            from distributed import Client
+        except ImportError:
+            raise ValueError("--scheduler needs Dask: pip install 'smoothkit[distributed]'") from None
+        with Client(options.scheduler, timeout="30s") as client:
+            yield client.get_executor()
+    elif options.devices:
+        import torch
+
+        from smoothkit.workers import gpu_pool
+
+        with gpu_pool(torch.cuda.device_count()) as pool:
+            yield pool
+    else:
+        yield None
+
+
+def _sample(options: argparse.Namespace, smoothed, images, common: dict) -> int:
+    from smoothkit.bounds import radius_cap
+    from smoothkit.report import report
+
     if options.radii:
         smoothed.sample_sequentially(images, options.radii, n_max=options.n, kind=options.rule, **common)
         _print_report(report([options.out], sorted(options.radii)), "table")
@@ -364,7 +400,9 @@ def _add_plan(commands) -> None:
     parser = _command(
         commands, "plan", _plan, "what certifying a data set would take: calls, hours, bytes moved, size of the record"
     )
-    parser.add_argument("--data", required=True, metavar="D", help="a data set; imagenet and cifar10 need not be at hand")
+    parser.add_argument(
+        "--data", required=True, metavar="D", help="a data set; imagenet and cifar10 need not be at hand"
+    )
     parser.add_argument("--model", required=True, metavar="M", help="a model, or a network of the benchmarks")
     parser.add_argument("--n", type=int, default=100_000, help="samples to estimate p_A")
     parser.add_argument("--n0", type=int, default=100, help="samples to select the class")
@@ -405,6 +443,7 @@ BENCHMARKS = {
     "scaling": "two threads over one",
     "sigma": "searching sigma over certifying with a fixed n",
     "balls": "minutes for a memory of 10,000 certified balls (no ratio)",
+    "panels": "reading a record anew over moving a panel's slider",
     "gpu": "those of them that a GPU has a part in, on one, within ten minutes",
 }
 

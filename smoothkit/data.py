@@ -101,6 +101,10 @@ class Images:
             images = images._of_classes(part) if part.startswith("classes:") else images._take(part)
         return images
 
+    def at(self, positions: np.ndarray, rule: str) -> "Images":
+        """The images at these positions, whatever chose them; `rule` says what did, for records."""
+        return self._chosen(np.asarray(positions), rule)
+
     def _of_classes(self, rule: str) -> "Images":
         first, last = class_range(rule, len(self.class_names) or int(self.labels.max()) + 1)
         chosen = np.flatnonzero((self.labels >= first) & (self.labels <= last))

@@ -319,9 +319,9 @@ def _notebook_table(notebooks: dict[str, dict], out: Path) -> str:
 
 def _notebook_row(name: str, entry: dict, out: Path) -> str:
     page, status = f"notebooks/{name}.html", html.escape(entry["status"])
-    title = f'<a href="{page}">{html.escape(name)}</a>' if (out / page).exists() else html.escape(name)
+    title = f'<a href="{html.escape(page)}">{html.escape(name)}</a>' if (out / page).exists() else html.escape(name)
     executed = out / f"notebooks/{name}.ipynb"
-    source = f'<a href="notebooks/{name}.ipynb">.ipynb</a>' if executed.exists() else ""
+    source = f'<a href="notebooks/{html.escape(name)}.ipynb">.ipynb</a>' if executed.exists() else ""
     settings = "".join(
         f"<tr><td><code>{html.escape(what)}</code></td><td><code>{html.escape(value)}</code></td></tr>"
         for what, value in (notebook_settings(executed) if executed.exists() else {}).items()
@@ -363,7 +363,7 @@ def _figure_sections(notebooks: dict[str, dict], figures: list[dict], out: Path)
 
 
 def _figure_card(figure: dict, out: Path) -> str:
-    name = figure["name"]
+    name = html.escape(figure["name"])
     links = "".join(
         f'<a href="figures/{name}.{ending}">{text}</a>'
         for ending, text in (
@@ -373,11 +373,12 @@ def _figure_card(figure: dict, out: Path) -> str:
             ("png", "PNG"),
             ("csv", "numbers (CSV)"),
         )
-        if (out / f"figures/{name}.{ending}").exists()
+        if (out / f"figures/{figure['name']}.{ending}").exists()
     )
     caption = f"<figcaption>{html.escape(figure['caption'])} {links}</figcaption>"
     if "image" in figure:
-        picture = f'<img loading="lazy" alt="{html.escape(figure["caption"])}" src="figures/{figure["image"]}">'
+        source = html.escape(figure["image"])
+        picture = f'<img loading="lazy" alt="{html.escape(figure["caption"])}" src="figures/{source}">'
         return f'<figure><div class="plot">{picture}</div>{caption}</figure>'
     layout = figure["figure"].get("layout", {})
     wide = " class=wide" if (layout.get("width") or 0) > 520 or (layout.get("height") or 0) > 520 else ""

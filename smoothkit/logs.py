@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from decimal import ROUND_DOWN, Decimal
+from decimal import ROUND_DOWN, Context, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -253,23 +253,24 @@ def _fault(layout: _Layout, row: list[str], by_name: bool) -> str | None:
     return None
 
 
-def _frame(layout: _Layout, rows: list) -> pd.DataFrame:
-    """All columns as text: ours under our names, the others under their own."""
+def _frame(layout: _Layout, rows: list) -> dict[str, np.ndarray]:
+    """All columns as text: ours under our names, the others under their own; of two with one name the first."""
     ours = {position: name for name, position in layout.at.items()}
-    names = [ours.get(i, name) for i, name in enumerate(layout.names)]
-    frame = pd.DataFrame([row for _, row in rows], columns=names, dtype=object)
-    return frame.loc[:, ~frame.columns.duplicated()]
+    frame: dict[str, np.ndarray] = {}
+    for i, name in enumerate(layout.names):
+        frame.setdefault(ours.get(i, name), np.array([row[i] for _, row in rows], dtype=object))
+    return frame
 
 
-def _table(layout: _Layout, frame: pd.DataFrame, lines: np.ndarray) -> tuple[pd.DataFrame, list[Problem]]:
+def _table(layout: _Layout, frame: dict[str, np.ndarray], lines: np.ndarray) -> tuple[pd.DataFrame, list[Problem]]:
     label, predict, problems = _classes(frame, lines)
-    radius = frame["radius"].astype(float).to_numpy() if "radius" in frame else np.full(len(frame), np.nan)
+    radius = frame["radius"].astype(float) if "radius" in frame else np.full(len(lines), np.nan)
     codes = predict.copy()
     predict, radius, mended = _mend(predict, radius, lines)
     correct = (predict == label) & (predict >= 0)
     seconds, unread = _column(frame, "time", _seconds)
     columns = {
-        "idx": frame["idx"].astype(float).astype(np.int64).to_numpy(),
+        "idx": frame["idx"].astype(float).astype(np.int64),
         "label": label,
         "predict": predict,
         "radius": radius,
@@ -286,17 +287,17 @@ def _table(layout: _Layout, frame: pd.DataFrame, lines: np.ndarray) -> tuple[pd.
         problems.append(
             Problem(1, "'radius proved' is the radius that was tested, not the largest that holds: read no ACR from it")
         )
-    return pd.DataFrame({**extra, **columns})[[*columns, *(n for n in extra if n not in columns)]], problems
+    return pd.DataFrame({**columns, **{n: column for n, column in extra.items() if n not in columns}}), problems
 
 
-def _classes(frame: pd.DataFrame, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Problem]]:
+def _classes(frame: dict[str, np.ndarray], lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Problem]]:
     """Labels and predictions as integers; class names are numbered in alphabetical order."""
     if all(map(_is_whole, frame["label"])) and all(map(_is_whole, frame["predict"])):
-        return *(frame[name].astype(float).astype(np.int64).to_numpy() for name in ("label", "predict")), []
+        return *(frame[name].astype(float).astype(np.int64) for name in ("label", "predict")), []
     predicted_names = {text for text in frame["predict"] if not _is_negative(text)}
     number = {name: i for i, name in enumerate(sorted(set(frame["label"]) | predicted_names))}
     frame["label_name"], frame["predict_name"] = frame["label"], frame["predict"]
-    label = frame["label"].map(number).to_numpy(np.int64)
+    label = np.array([number[text] for text in frame["label"]], np.int64)
     predict = np.array([int(text) if _is_negative(text) else number[text] for text in frame["predict"]], np.int64)
     return label, predict, [Problem(int(lines[0]), "classes are names; numbered here in alphabetical order")]
 
@@ -316,7 +317,7 @@ def _mend(predict: np.ndarray, radius: np.ndarray, lines: np.ndarray) -> tuple[n
     return np.where(abstained, ABSTAIN, predict), radius, problems
 
 
-def _own_correct(frame: pd.DataFrame, correct: np.ndarray, lines: np.ndarray) -> list[Problem]:
+def _own_correct(frame: dict[str, np.ndarray], correct: np.ndarray, lines: np.ndarray) -> list[Problem]:
     """What the file's own `correct` column says otherwise than its labels and predictions."""
     if "correct" not in frame:
         return []
@@ -384,10 +385,10 @@ def _stops_early(rows: int, start: int, last: int, step: int, sizes: Iterable[in
     return [Problem(line, f"{what}; over {size:,} images they would go on to {grid_end} ({full} rows)")]
 
 
-def _rounded(printed: pd.Series, table: pd.DataFrame, lines: np.ndarray) -> list[Problem]:
+def _rounded(printed: np.ndarray, table: pd.DataFrame, lines: np.ndarray) -> list[Problem]:
     """Three printed digits are rounded to nearest: a radius just below a tabulated one may sit on it."""
     certified = ((table["predict"] != ABSTAIN) & (table["radius"] > 0)).to_numpy()
-    texts = printed.to_numpy()[certified]
+    texts = printed[certified]
     if not len(texts) or not all(_is_coarse(text) for text in texts):
         return []
     steps = table["radius"].to_numpy()[certified] / _TABLE_STEP
@@ -435,12 +436,12 @@ def _sigma(path: Path, given: float | None, table: pd.DataFrame) -> tuple[float 
 # --- small readers of text -----------------------------------------------------------------------------
 
 
+# as programs print numbers; float() would also take 1_000 and the digits of other scripts
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE)
+
+
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return _NUMBER.fullmatch(text) is not None
 
 
 def _is_whole(text: str) -> bool:
@@ -448,7 +449,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _is_negative(text: str) -> bool:
-    return re.fullmatch(r"-[1-9]\d{0,8}", text) is not None
+    return re.fullmatch(r"-[1-9]\d{0,8}", text, re.ASCII) is not None
 
 
 def _seconds(text: str) -> float:
@@ -467,9 +468,10 @@ def _truth(text: str) -> float:
     return {"true": 1.0, "false": 0.0}[text.lower()] if text.lower() in ("true", "false") else float(text)
 
 
-def _column(frame: pd.DataFrame, name: str, read: Callable[[str], float]) -> tuple[np.ndarray, np.ndarray]:
+def _column(frame: dict[str, np.ndarray], name: str, read: Callable[[str], float]) -> tuple[np.ndarray, np.ndarray]:
     """A column read cell by cell, NaN where absent or unread, and where it could not be read."""
-    values, unread = np.full(len(frame), np.nan), np.zeros(len(frame), dtype=bool)
+    rows = len(frame["idx"])
+    values, unread = np.full(rows, np.nan), np.zeros(rows, dtype=bool)
     for i, text in enumerate(frame.get(name, ())):
         try:
             values[i] = read(text)
@@ -478,7 +480,7 @@ def _column(frame: pd.DataFrame, name: str, read: Callable[[str], float]) -> tup
     return values, unread
 
 
-def _numeric(column: pd.Series) -> pd.Series:
+def _numeric(column: np.ndarray) -> np.ndarray:
     try:
         return pd.to_numeric(column)
     except (ValueError, TypeError):
@@ -670,7 +672,10 @@ def round_down(value: float, digits: int) -> str:
 
     Works on the shortest decimal that gives the float back, so what was written once is written again.
     """
-    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN))
+    if not np.isfinite(value):  # where only one class can be answered, a radius is infinite
+        return repr(float(value))
+    exact = Decimal(repr(float(value)))
+    return str(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN, context=Context(prec=400)))
 
 
 def write_log(table: pd.DataFrame, path: str | Path) -> None:

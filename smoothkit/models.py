@@ -236,11 +236,14 @@ def _load(name: str, pretrained: bool, num_classes: int | None, model_args: dict
 
 def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | None, model_args: dict) -> BaseClassifier:
     import timm
+    from safetensors import SafetensorError
 
     from smoothkit import networks  # noqa: F401  # registers them with timm
 
     try:
         network = timm.create_model(location, pretrained=pretrained, num_classes=num_classes, **model_args)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: model.safetensors cannot be read ({error}); fetch or save it again") from None
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" in str(error):
             raise ValueError(

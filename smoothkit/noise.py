@@ -277,9 +277,11 @@ def noisy_copies(
     -------
     float32 tensor [stop - start, C, H, W] on the CPU; not clipped.
     """
+    if grid is not None and grid < 1:
+        raise ValueError(f"grid must be a number of steps of at least 1, or None for float noise, got {grid}")
     counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
     kernels = _kernels_for(image.numel())
-    if kernels is None or image.dtype != torch.float32 or grid == 0:  # the kernel's 0 means None
+    if kernels is None or image.dtype != torch.float32:
         return noisy_copies_reference(image, sigma=sigma, stop=stop, grid=grid, **counter)
     _check_counter(image.numel(), seed, purpose, image_id, start, stop)
     out = np.empty((stop - start, image.numel()), dtype=np.float32)

@@ -227,10 +227,17 @@ def certified_accuracy_curve(
 
 
 def _fewer_steps(curve: pd.DataFrame, most: int | None) -> pd.DataFrame:
-    """Some of the steps, first and last among them; between two of them the value of the right one is drawn."""
+    """Some of the steps, first and last among them; between two of them the value of the right one is drawn.
+
+    Half of them are spread over the steps, half over the accuracies, so that neither a crowd of steps nor a deep one
+    is lost.
+    """
     if most is None or len(curve) <= most:
         return curve
-    return curve.iloc[np.unique(np.linspace(0, len(curve) - 1, most).astype(int))]
+    steps = np.linspace(0, len(curve) - 1, most // 2).astype(int)
+    depth = -curve["certified_accuracy"].to_numpy()  # increasing
+    levels = np.linspace(depth[0], depth[-1], most // 2)
+    return curve.iloc[np.union1d(steps, np.searchsorted(depth, levels, side="right") - 1)]
 
 
 def _step_trace(curve: pd.DataFrame, name: str, style: Style) -> go.Scatter:

@@ -115,7 +115,9 @@ class Record:
     sigma = property(lambda self: self.identity.sigma)
     stopping_rule = property(lambda self: self.identity.stopping_rule)
     num_classes = property(lambda self: self.identity.num_classes)
-    per_image = property(lambda self: self.identity.sigma == PER_IMAGE, doc="Whether each image has a sigma of its own.")
+    per_image = property(
+        lambda self: self.identity.sigma == PER_IMAGE, doc="Whether each image has a sigma of its own."
+    )
     _schema = property(lambda self: _WITH_SIGMA if self.per_image else _SCHEMA)
 
     def __repr__(self) -> str:
@@ -149,7 +151,7 @@ class Record:
         if self.path is None:
             self._memory.extend(rows)
             return
-        table = pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=self._schema)
+        table = pa.Table.from_pylist([vars(row) for row in rows], schema=self._schema)
         about = {PROVENANCE: json.dumps(provenance), IDENTITY: json.dumps(dataclasses.asdict(self.identity))}
         table = table.replace_schema_metadata(about)
         table = table.replace_schema_metadata({**about, CHECKSUM: _checksum(table)})
@@ -241,11 +243,15 @@ class Record:
         known = frame[["image_id", "key", "sigma"]].drop_duplicates()
         twice = known[known.duplicated("image_id")]
         if len(twice):
-            raise RecordError(f"{self._name()}: image {twice['key'].iloc[0]} was sampled at two sigmas; keep one run's parts")
+            raise RecordError(
+                f"{self._name()}: image {twice['key'].iloc[0]} was sampled at two sigmas; keep one run's parts"
+            )
         sigmas = known["sigma"].to_numpy(np.float64)
         odd = known[~(np.isfinite(sigmas) & (sigmas > 0))]
         if len(odd):
-            raise RecordError(f"{self._name()}: image {odd['key'].iloc[0]} has sigma {odd['sigma'].iloc[0]}; restore a copy")
+            raise RecordError(
+                f"{self._name()}: image {odd['key'].iloc[0]} has sigma {odd['sigma'].iloc[0]}; restore a copy"
+            )
 
     def votes(self, n: int | None = None) -> pd.DataFrame:
         """One row an image whose selection and estimation samples are complete.
@@ -339,7 +345,8 @@ def create_record(path: str | os.PathLike | None, identity: Identity, class_name
                 f"Give another folder, or the settings of that run."
             )
         return record
-    if path.exists() and (not path.is_dir() or any(p for p in path.iterdir() if p.name != "parts")):
+    ours = re.compile(r"parts|\.run\.json\..*\.tmp")  # of a run that was killed before its description was there
+    if path.exists() and (not path.is_dir() or any(not ours.fullmatch(p.name) for p in path.iterdir())):
         raise RecordError(f"{path} exists and is no record; give a new or empty folder")
     (path / "parts").mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "identity": dataclasses.asdict(identity), "class_names": list(class_names)}
@@ -426,7 +433,7 @@ class Journal:
             return
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        line = json.dumps({"row": dataclasses.asdict(row), "provenance": provenance})
+        line = json.dumps({"row": vars(row), "provenance": provenance})
         whole = f"{_digest_of_line(line)} {line}\n".encode()
         if os.write(self._file, whole) != len(whole):
             raise OSError(f"{self.path} could not be written whole; is the disk full?")

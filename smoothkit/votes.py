@@ -4,12 +4,16 @@
 batch, `forward` how the classifier is run. Counts stay on the device until a group of tasks is done.
 """
 
+import copy
+import dataclasses
 import itertools
+import json
 import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +27,17 @@ from smoothkit.models import identify
 from smoothkit.noise import Purpose, content_digest, load_kernels, noise_scale
 from smoothkit.noise_exact import exact_noisy_copies
 from smoothkit.progress import Progress, format_seconds, say
-from smoothkit.records import BLOCK_KEY, ESTIMATE, SELECT, Identity, Record, Row, create_record, open_record
+from smoothkit.records import BLOCK_KEY, ESTIMATE, PER_IMAGE, SELECT, Identity, Record, Row, create_record, open_record
 from smoothkit.types import StoppingRule, block_edges, check_samples, check_sigma
+from smoothkit.workers import spread
 
 CPU_BATCH = 100  # larger batches lose to page faults
 CUDA_BATCHES = (256, 512, 1024, 2048, 4096)  # tried in turn while they are faster
 FLUSH_TASKS, FLUSH_SECONDS = 64, 1.0  # counts come to the host after so many tasks, or so long
+PART_ROWS = 50_000  # of a part; what a driver of many workers holds
 PART_SECONDS = 10.0  # between parts of a record; what a killed run loses at most
 KERNELS_AFTER = 60.0  # seconds of run that repay loading numba's kernel for images of any size
+UNIT_SAMPLES = 20_000  # of the tasks that are handed to a worker together
 LONG_RUN = 20.0  # seconds; a longer run announces its cost
 
 PURPOSES = {SELECT: Purpose.SELECT, ESTIMATE: Purpose.ESTIMATE}
@@ -85,6 +92,8 @@ class VoteStream:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
         if batch is not None:
             check_samples("batch", batch)
+        self._asked = dict(seed=seed, grid=self.noise, device=device, precision=precision, compile=compile)
+        self._fingerprint = fingerprint
         self._last_image: tuple[int, Tensor] | None = None
         self.digests: dict[int, str] = {}  # of every image read so far
         self.shape = tuple(self.image(0).shape)
@@ -99,6 +108,11 @@ class VoteStream:
 
     num_classes = property(lambda self: self.forward.num_classes)
     samples_per_second = property(lambda self: self.forward.samples_per_second)
+
+    @property
+    def settings(self) -> dict:
+        """With which another process makes the same stream."""
+        return {**self._asked, "batch": self.batch, "fingerprint": self._fingerprint}
 
     @property
     def road(self) -> str:
@@ -214,22 +228,33 @@ class VoteStream:
         # a batch completes at most `batch` tasks beyond a nearly full group
         counts = torch.zeros(FLUSH_TASKS + self.batch + 1, self.num_classes, dtype=torch.int64, device=self.device)
         step = self._step(counts)
-        first, last_flush = 0, time.perf_counter()
+        first, complete, last_flush = 0, 0, time.perf_counter()
         for plan in self._plans(tasks):
-            step(plan, first)
+            try:
+                step(plan, first)
+            except (Exception, KeyboardInterrupt):  # what was finished before is not lost
+                yield from self._finished(tasks[first:complete], counts)
+                raise
+            complete = plan.complete
             progress(plan.used)
             self._drawn += plan.used
-            done = plan.complete - first
+            done = complete - first
             if done and (
-                done >= FLUSH_TASKS or plan.complete == len(tasks) or time.perf_counter() - last_flush > FLUSH_SECONDS
+                self.device.type == "cpu"  # where reading counts costs nothing
+                or done >= FLUSH_TASKS
+                or complete == len(tasks)
+                or time.perf_counter() - last_flush > FLUSH_SECONDS
             ):
-                for task, votes in zip(tasks[first : plan.complete], counts[:done].cpu().numpy().copy(), strict=True):
-                    yield task, votes, self.batch
+                yield from self._finished(tasks[first:complete], counts)
                 under_way = counts[done].clone()
                 counts.zero_()
                 counts[0] = under_way
                 self._at_hand.clear()
-                first, last_flush = plan.complete, time.perf_counter()
+                first, last_flush = complete, time.perf_counter()
+
+    def _finished(self, tasks: Sequence[Task], counts: Tensor) -> Iterator[tuple[Task, np.ndarray, int]]:
+        for task, votes in zip(tasks, counts[: len(tasks)].cpu().numpy().copy(), strict=True):
+            yield task, votes, self.batch
 
     def _plans(self, tasks: Sequence[Task]) -> Iterator[Plan]:
         return plans(tasks, self.batch, self._at_hand, self.images.ids, self._scales)
@@ -295,7 +320,7 @@ def open_run(
     base_classifier: Callable[[Tensor], Tensor],
     images: Images,
     *,
-    sigma: float,
+    sigma: float | Sequence[float],
     stopping_rule: StoppingRule,
     seed: int = 0,
     out: str | os.PathLike | None = None,
@@ -307,7 +332,6 @@ def open_run(
     model_id: str | None = None,
 ) -> tuple[Record, VoteStream]:
     """The record a run writes into and the stream that fills it; parameters as in `collect_votes`."""
-    check_sigma(sigma)
     noise = noise_form(grid, images)
     if out is None and not isinstance(base_classifier, nn.Module):
         model_id = model_id or "unnamed"  # votes in memory are never mixed with those of another run
@@ -337,7 +361,7 @@ def open_run(
         model=known.name,
         fingerprint=known.fingerprint,
         num_classes=stream.num_classes,
-        sigma=float(sigma),
+        sigma=float(sigma) if np.ndim(sigma) == 0 else PER_IMAGE,
         seed=seed,
         noise=str(noise),
         precision=precision,
@@ -362,9 +386,10 @@ def collect_votes(
     base_classifier: Callable[[Tensor], Tensor],
     images: Images,
     *,
-    sigma: float,
+    sigma: float | Sequence[float],
     stopping_rule: StoppingRule,
     progress: bool = True,
+    executor: Executor | None = None,
     **settings,
 ) -> Record:
     """Sample all votes a fixed stopping rule asks for, into a record that survives interruption.
@@ -373,10 +398,14 @@ def collect_votes(
     ----------
     base_classifier : callable, images [B, C, H, W] on [0, 1] -> logits [B, num_classes]
     images : Images
-    sigma : float
+    sigma : float, or one for each image
+        Several are kept image by image; they must not depend on the samples drawn here (see `sigma.search`).
     stopping_rule : StoppingRule
     progress : bool
         Show a progress bar, and before a long run a line that says what it will cost.
+    executor : concurrent.futures.Executor, optional
+        Does the work in other processes or on other machines, as `client.get_executor()` of Dask; this process then
+        reads images and writes the record. The counts are the same.
     seed : int
     out : path, optional
         The record's folder; an unfinished record of the same run goes on where it stopped. Without it
@@ -395,19 +424,130 @@ def collect_votes(
         Passed on after all finished blocks are written.
     """
     record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=stopping_rule, **settings)
+    check_sigmas(record, stream)
     tasks = missing_tasks(record, images)
     if not tasks:
         return record
     samples, per_image = sum(t.stop - t.start for t in tasks), stopping_rule.n0 + stopping_rule.n
     announce(stream, samples, len({t.image for t in tasks}))
     with (
-        Progress(len(images), f"votes at sigma {sigma:g}", show=progress) as bar,
+        Progress(len(images), f"votes at {_sigma_in_words(record)}", show=progress) as bar,
         RecordWriter(record, stream) as writer,
     ):
         bar.update(len(images) - samples / per_image)
-        for task, counts, batch in stream.run(tasks, lambda done: bar.update(done / per_image)):
-            writer.add(task, counts, batch)
+        for task, counts, made in run_on(executor, stream, tasks, lambda done: bar.update(done / per_image)):
+            writer.add(task, counts, made)
     return record
+
+
+# --- on other processes and machines -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What every worker needs once."""
+
+    base_classifier: Callable[[Tensor], Tensor]
+    settings: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """Tasks that are done together, with the images they need; `tasks` count within `images`."""
+
+    number: int
+    tasks: tuple[Task, ...]
+    pixels: Tensor  # [images, C, H, W]
+    sigmas: tuple[float, ...]
+    ids: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+def run_on(
+    executor: Executor | None,
+    stream: VoteStream,
+    tasks: Sequence[Task],
+    progress: Callable[[int], None] = lambda samples: None,
+) -> Iterator[tuple[Task, np.ndarray, dict]]:
+    """Yield (task, counts, provenance) for every task, done by the stream itself or by an executor's workers."""
+    if executor is None:
+        for task, counts, batch in stream.run(tasks, progress):
+            yield task, counts, provenance(stream.device, batch, stream.road)
+        return
+    groups: dict[int, list[Task]] = {}
+    base = stream.base_classifier
+    if isinstance(base, nn.Module) and stream.device.type != "cpu":
+        base = copy.deepcopy(base).cpu()
+    for unit, results in spread(executor, _do_unit, _Job(base, stream.settings), _units(stream, tasks, groups)):
+        for task, (counts, made) in zip(groups.pop(unit.number), results, strict=True):
+            progress(task.stop - task.start)
+            yield task, counts, made
+
+
+def _units(stream: VoteStream, tasks: Iterable[Task], groups: dict[int, list[Task]]) -> Iterator[_Unit]:
+    """Successive tasks of some UNIT_SAMPLES samples; an image travels with each unit that needs it."""
+    group: list[Task] = []
+    for number, task in enumerate(tasks):
+        group.append(task)
+        if sum(t.stop - t.start for t in group) >= UNIT_SAMPLES:
+            groups[number] = group
+            yield _unit(stream, number, group)
+            group = []
+    if group:
+        groups[-1] = group
+        yield _unit(stream, -1, group)
+
+
+def _unit(stream: VoteStream, number: int, tasks: Sequence[Task]) -> _Unit:
+    needed = list(dict.fromkeys(task.image for task in tasks))
+    place = {image: i for i, image in enumerate(needed)}
+    return _Unit(
+        number,
+        tuple(dataclasses.replace(task, image=place[task.image]) for task in tasks),
+        torch.stack([stream.image(i) for i in needed]),
+        tuple(float(stream.sigmas[i]) for i in needed),
+        tuple(stream.images.ids[i] for i in needed),
+        tuple(stream.images.keys[i] for i in needed),
+    )
+
+
+def _do_unit(job: _Job, unit: _Unit) -> list[tuple[np.ndarray, dict]]:
+    """A worker's part: counts and provenance of each task."""
+    images = Images(
+        dataset="unit",
+        split="all",
+        subset="all",
+        index=np.arange(len(unit.keys)),
+        keys=unit.keys,
+        labels=np.full(len(unit.keys), -1),
+        class_names=(),
+        grid=None,
+        read=unit.pixels.__getitem__,
+        ids=unit.ids,
+    )
+    stream = VoteStream(job.base_classifier, images, sigma=unit.sigmas, **job.settings)
+    found = {
+        task: (counts, provenance(stream.device, batch, stream.road)) for task, counts, batch in stream.run(unit.tasks)
+    }
+    return [found[task] for task in unit.tasks]
+
+
+def _sigma_in_words(record: Record) -> str:
+    return "a sigma for each image" if record.per_image else f"sigma {record.sigma:g}"
+
+
+def check_sigmas(record: Record, stream: VoteStream) -> None:
+    """Refuse to go on with a record that has an image at another sigma."""
+    if not record.per_image:
+        return
+    rows = record.rows()
+    kept = dict(zip(rows["image_id"], rows["sigma"], strict=True))
+    for key, image_id, sigma in zip(stream.images.keys, stream.images.ids, stream.sigmas, strict=True):
+        if kept.get(image_id, sigma) != sigma:
+            raise ValueError(
+                f"image {key!r} was sampled at sigma {kept[image_id]!r} in {record.path}, and now is to be at {float(sigma)!r}; "
+                f"give the sigmas of that run, or another folder"
+            )
 
 
 def missing_tasks(record: Record, images: Images) -> list[Task]:
@@ -447,14 +587,19 @@ def announce(stream: VoteStream, samples: int, images: int, how: str = "") -> No
 
 
 class RecordWriter:
-    """Gathers finished tasks and writes them as parts, now and then and at the end: on Ctrl-C nothing finished is lost."""
+    """Notes finished tasks in the journal, and writes them as parts now and then and at the end.
+
+    Nothing finished is lost, on Ctrl-C or when the process is killed.
+    """
 
     def __init__(self, record: Record, stream: VoteStream) -> None:
         self.record, self.stream = record, stream
-        self._pending: dict[tuple[int, str], list[Row]] = {}  # by compute batch and road: each part has one
-        self._last_part = time.perf_counter()
+        self._journal = record.journal()
+        self._pending: dict[str, tuple[dict, list[Row]]] = {}  # by provenance: each part has one
+        self._last_part, self._rows = time.perf_counter(), 0
 
-    def add(self, task: Task, counts: np.ndarray, batch: int) -> None:
+    def add(self, task: Task, counts: np.ndarray, made: dict) -> None:
+        """Keep the counts of a finished task; `made` is their provenance."""
         images, i = self.stream.images, task.image
         row = Row(
             index=int(images.index[i]),
@@ -466,15 +611,22 @@ class RecordWriter:
             start=task.start,
             stop=task.stop,
             counts=tuple(counts.tolist()),
+            sigma=float(self.stream.sigmas[i]) if self.record.per_image else None,
         )
-        self._pending.setdefault((batch, self.stream.road), []).append(row)
-        if time.perf_counter() - self._last_part > PART_SECONDS:
+        known = json.dumps({name: value for name, value in made.items() if name != "time"})
+        self._pending.setdefault(known, (made, []))[1].append(row)
+        self._journal.add(row, made)
+        self._rows += 1
+        if self._rows >= PART_ROWS or time.perf_counter() - self._last_part > PART_SECONDS:
             self.write()
 
     def write(self) -> None:
-        for (batch, road), rows in self._pending.items():
-            self.record.append(rows, provenance(self.stream.device, batch, road))
+        for made, rows in self._pending.values():
+            self.record.append(rows, made | {"time": now_in_words()})
         self._pending.clear()
+        self._rows = 0
+        self._journal.clear()
+        self._journal = self.record.journal()
         self._last_part = time.perf_counter()
 
     def __enter__(self) -> "RecordWriter":
@@ -490,11 +642,16 @@ def provenance(device: torch.device, batch: int, road: str) -> dict:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "compute_batch": batch,
         "road": road,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": now_in_words(),
     }
+
+
+def now_in_words() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -23,7 +23,10 @@ TINY = {
     "noise": dict(shapes=((4, 3, 8, 8), (2, 1, 5, 5)), rounds=2, calls=2),
     "votes": dict(classes=(3, 20), batch=50, rounds=2, calls=2),
     "bounds": dict(many=1_000, few=5, rounds=2, n=1_000),
+    "sigma": dict(network="digits-vit", images=4, steps=2, samples=50, rounds=1),
+    "balls": dict(sizes=(250, 500), target=600),
     "scaling": dict(numbers=(1, 2), threads=(1,), n=20, rounds=2),
+    "panels": dict(images=50, n=1_000, sides=(3,), samples=20, rounds=2),
 }
 
 

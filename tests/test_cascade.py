@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import special, stats
 
-from smoothkit import ABSTAIN, Votes
+from smoothkit import ABSTAIN, Smoothed, Votes
 from smoothkit.bounds import clopper_pearson_lower, clopper_pearson_upper, radius
 from smoothkit.certify import cascade as cascade_module
 from smoothkit.certify import certificates, certify_votes
@@ -19,6 +19,7 @@ from smoothkit.certify.cascade import (
     error_rates,
     fast_predict,
 )
+from smoothkit.certify.scales import sample_cascade
 from smoothkit.records import Identity, RecordError, Row, create_record
 from smoothkit.report import average_certified_radius, certified_accuracy
 from smoothkit.types import StoppingRule
@@ -140,10 +141,10 @@ def test_statements_share_alpha():
     for count, classes, bound in [(1000, 10, 0.1124), (1000, 1000, 0.1156), (0, 10, 0.0010), (0, 1000, 0.0015)]:
         assert clopper_pearson_upper(count, 10_000, 0.001 / 3 / (classes - 1)) == pytest.approx(bound, abs=6e-5)
     # guesses that differ must all be excluded: the larger scale's bounds are shared by 3 classes instead of 2
-    same = certify((9900, 50, 50), (4000, 3000, 3000), selection=[[9, 0, 0], [9, 0, 0]])
+    same = certify((9900, 50, 50), (4000, 3000, 3000), selection=[[9, 0, 0], [9, 0, 0]], upper="classes")
     assert same.negative[0] == pytest.approx(-special.ndtri(stats.beta.ppf(1 - 0.001 / 4 / 2, 3001, 7000)), rel=1e-9)
     rows = ((9900, 50, 50), (4000, 3000, 3000), (4000, 3000, 3000))
-    differ = certify(*rows, sigmas=SIGMAS, selection=[[9, 0, 0], [0, 9, 0], [9, 0, 0]])
+    differ = certify(*rows, sigmas=SIGMAS, selection=[[9, 0, 0], [0, 9, 0], [9, 0, 0]], upper="classes")
     expected = special.ndtri(stats.beta.ppf(1 - 0.001 / 6 / 3, 3001, 7000))
     assert differ.negative[0] == pytest.approx(
         min(-0.5 * special.ndtri(stats.beta.ppf(1 - 0.001 / 6 / 2, 3001, 7000)), -expected)
@@ -170,22 +171,22 @@ def test_halting_at_the_largest_scale_excludes_nothing():
 
 
 def test_the_larger_scale_limits_the_radius():
-    found = certify((9900, 50, 50), (4000, 3000, 3000))
+    found = certify((9900, 50, 50), (4000, 3000, 3000), upper="classes")
     assert found.own[0] == pytest.approx(1.099, abs=5e-4) and found.radius == pytest.approx(0.476, abs=5e-4)
     assert (found.predict, found.scale, found.reason) == (0, 0, "certified")
 
 
 @pytest.mark.parametrize("rule", ["max", "cascade"])
 def test_another_class_at_the_larger_scale_forbids_a_certificate(rule):
-    contested = certify((9900, 50, 50), (5000, 4900, 100), rule=rule)
+    contested = certify((9900, 50, 50), (5000, 4900, 100), rule=rule, upper="classes")
     assert (contested.predict, contested.radius, contested.reason) == (ABSTAIN, 0.0, "contested")
     assert clopper_pearson_upper(4900, 10_000, 0.001 / 8) == pytest.approx(0.508, abs=5e-4)
-    found = certify((9900, 50, 50), (5000, 4800, 200), rule=rule)
+    found = certify((9900, 50, 50), (5000, 4800, 200), rule=rule, upper="classes")
     assert found.radius == pytest.approx(0.004, abs=5e-4) and found.reason == "certified"
 
 
 def test_the_sharper_upper_bound_is_sharper():
-    everywhere, runner_up = (certify((9900, 50, 50), (4000, 3000, 3000), upper=u) for u in ("classes", "runner-up"))
+    everywhere, runner_up = (certify((9900, 50, 50), (4000, 3000, 3000), **u) for u in ({"upper": "classes"}, {}))
     assert everywhere.radius < runner_up.radius
     assert runner_up.radius == pytest.approx(-special.ndtri(stats.beta.ppf(1 - 0.001 / 4, 3001, 7000)), rel=1e-9)
 
@@ -226,6 +227,26 @@ def test_max_is_never_below_the_cascade():
     }
     assert (found["max"].radius >= found["cascade"].radius).all()
     assert (found["max"].radius > found["cascade"].radius).any()
+
+
+@pytest.mark.parametrize("upper", ["classes", "runner-up"])
+def test_stopping_early_proves_what_all_scales_prove_and_never_more(upper):
+    """Counts of the scales below the one halted at are taken away: n = 0 there."""
+    generator = np.random.default_rng(3)
+    counts = np.stack([generator.multinomial(1000, p) for p in generator.dirichlet(np.full(4, 0.4), 900)])
+    counts = counts.reshape(300, 3, 4)
+    settings = dict(sigmas=SIGMAS, alpha=0.01, upper=upper)
+    for rule in ("cascade", "released"):
+        whole = certify_cascade(counts, counts, n=1000, rule=rule, **settings)
+        asked = np.arange(3) >= np.maximum(whole.scale, 0)[:, None]
+        less = counts * asked[..., None]
+        early = certify_cascade(less, less, n=1000 * asked, rule=rule, **settings)
+        assert (early.scale == whole.scale).all() and (early.radius <= whole.radius).all()
+        assert (whole.radius - early.radius).max() < 0.02 and (early.radius > 0).sum() > 100
+        below = early.scale > 0
+        assert below.sum() > 50 and (early.classes[below, 0] == ABSTAIN).all() == (rule == "cascade")
+    nothing = np.zeros((1, 3, 4), dtype=int)
+    assert certify_cascade(nothing, nothing, n=0, **settings).reason == "undecided"
 
 
 def test_failed_samples_count_against_every_class():
@@ -331,6 +352,40 @@ def test_at_equal_alpha_per_statement_the_cascade_answers_where_the_largest_scal
 def test_only_images_complete_at_every_scale_are_certified():
     table = cascade_certificates([record_of(0.25, SMALL), record_of(1.0, LARGE[:2])])
     assert table["idx"].tolist() == [0, 1]
+
+
+def test_images_that_halt_need_no_votes_below():
+    """The first image halts at sigma 1; `cascade` does without its votes at 0.25, `max` leaves it out."""
+    records = [record_of(0.25, SMALL[:1]), record_of(1.0, LARGE)]
+    assert cascade_certificates(records)["idx"].tolist() == [0]
+    records = [record_of(1.0, LARGE[:1])]
+    early = cascade_certificates(records, rule="cascade", sigmas=(0.25, 1.0))
+    both = cascade_certificates([record_of(0.25, SMALL[:1]), *records], rule="cascade")
+    pd.testing.assert_frame_equal(early, both)
+    assert early["alpha_statement"][0] == 0.001 / 4 and early["calls"][0] == 1100
+    with pytest.raises(RecordError, match="no image is complete at all of the scales 0.25, 1"):
+        cascade_certificates(records, sigmas=(0.25, 1.0))
+    with pytest.raises(RecordError, match=r"records at sigma 1 do not fit sigmas \[0.25, 0.5\]"):
+        cascade_certificates(records, sigmas=(0.25, 0.5))
+
+
+def test_sampling_stops_where_the_cascade_does(digits, starter, tmp_path):
+    images = digits.take("every:30")
+    bases = dict.fromkeys((0.12, 0.25, 0.5), starter)
+    how = dict(n0=20, n=200, progress=False)
+    early = sample_cascade(bases, images, out=tmp_path, **how)
+    whole = {sigma: Smoothed(starter, sigma).sample(images, **how) for sigma in bases}
+    settings = dict(rule="cascade", sigmas=sorted(bases))
+    a, b = cascade_certificates(early, **settings), cascade_certificates(whole, **settings)
+    assert a["image_id"].tolist() == b["image_id"].tolist() == list(images.ids)
+    assert (a["scale"].fillna(0) == b["scale"].fillna(0)).all() and (a["calls"] == b["calls"]).all()
+    assert (a["radius"] <= b["radius"]).all() and (b["radius"] - a["radius"]).max() < 0.01
+    drawn = sum(sum(row.stop - row.start for row in r.rows().itertuples()) for r in early.values())
+    assert drawn == a["calls"].sum() < cascade_certificates(whole)["calls"].sum() == 3 * 220 * len(images)
+    again = sample_cascade(bases, images, out=tmp_path, **how)  # nothing is drawn twice
+    assert {s: len(r.rows()) for s, r in again.items()} == {s: len(r.rows()) for s, r in early.items()}
+    with pytest.raises(ValueError, match="n must be at least|cannot"):
+        sample_cascade(bases, images, n0=10, n=10, progress=False)
 
 
 def test_error_rates():

@@ -13,24 +13,31 @@ ORDER = [
     "counting", "data", "networks", "models", "progress", "adapters.base", "adapters.lora", "adapters.bottleneck",
     "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
     "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "denoise.chain",
-    "denoise.diffusion", "denoise.trained", "denoise.calibrate", "denoise", "forward", "batches", "records", "votes",
-    "bounds", "certify.fixed", "certify.sequential", "certify.cascade", "certify.smoothed", "certify", "logs", "report",
-    "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
-    "sigma.sound", "sigma.selectors", "sigma.reading", "sigma",
-    "rows", "claims", "bench.measure", "bench.peers", "bench.parts", "bench.engine", "bench.samples", "bench", "plots",
+    "denoise.diffusion", "denoise.trained", "denoise.calibrate", "denoise", "denoise.make",
+    "forward", "batches", "records", "workers", "votes",
+    "bounds", "certify.fixed", "certify.sequential", "certify.cascade", "certify.smoothed", "certify", "certify.scales", "logs",
+    "report", "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
+    "sigma.sound", "sigma.selectors", "sigma.settings", "sigma.reading", "sigma",
+    "rows", "claims", "sharing", "audit", "plan", "plots", "panels.base", "panels.curve", "panels.compare", "panels.slice",
+    "panels.image", "panels.attack", "panels.memory", "panels.explorer", "panels", "bench.measure", "bench.peers",
+    "bench.parts", "bench.engine", "bench.samples", "bench.sigma", "bench.panels", "bench",
     "gallery", "workbook", "workshop", "checks", "cli", "__main__",
 ]  # fmt: skip
+PANELS = {name for name in ORDER if name.startswith("panels.")}
 # heavy or particular libraries, and the modules named for them
 WITHOUT_TORCH = {
-    "types", "records", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "certify.cascade", "logs",
-    "report", "claims", "plots", "gallery", "workbook", "workshop", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
+    "types", "records", "workers", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "certify.cascade", "logs",
+    "report", "claims", "sharing", "audit", "plots", "panels.base", "panels.curve", "panels.compare", "panels.memory",
+    "panels.explorer", "gallery", "workbook", "workshop", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
     "sigma.reading", "sigma.sound", "sigma",
 }  # fmt: skip
 ONLY_IN = {
     "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},
     "torch": set(ORDER) - WITHOUT_TORCH,
     "torchvision": {"data"},
-    "plotly": {"plots", "gallery"},
+    "plotly": {"plots", "gallery", *PANELS},
+    "ipywidgets": PANELS,
+    "anywidget": {"panels.base"},
     "matplotlib": {"plots", "gallery"},
     "papermill": {"workbook"},
     "nbconvert": {"gallery", "workbook"},
@@ -38,7 +45,7 @@ ONLY_IN = {
     "numba": {"kernels.noise_cpu"},
     "art": {"bench.peers"},
     "diffusers": {"denoise.diffusion"},
-    "peft": {"adapters.lora"},
+    "peft": {"adapters.lora", "denoise.make"},
 }
 
 

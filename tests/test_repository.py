@@ -52,7 +52,8 @@ def test_commands_are_the_same_in_the_parser_and_the_readme():
     done = subprocess.run([sys.executable, "-m", "smoothkit", "--help"], capture_output=True, text=True, check=True)
     offered = set(re.findall(r"^    (\w[\w-]*) ", done.stdout, flags=re.M))
     described = set(re.findall(r"^\| `smoothkit ([\w-]+)", (ROOT / "README.md").read_text(), flags=re.M))
-    assert offered == described == {"run", "certify", "report", "claims", "audit", "bench", "workshop"}
+    known = {"run", "certify", "report", "claims", "audit", "merge", "pack", "plan", "bench", "workshop"}
+    assert offered == described == known
 
 
 def test_make_targets_are_described():

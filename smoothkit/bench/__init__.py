@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from smoothkit.bench import engine, parts
+from smoothkit.bench import sigma as sigma_bench
 from smoothkit.bench.measure import Result, circumstances
+from smoothkit.bench.panels import panels
 from smoothkit.bench.samples import samples
 from smoothkit.data import data_dir
 
@@ -25,6 +27,9 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "samples": samples,
     "memory": engine.memory,
     "scaling": engine.scaling,
+    "sigma": sigma_bench.sigma,
+    "balls": sigma_bench.balls,
+    "panels": panels,
 }
 ON_CUDA = ("noise", "votes", "bounds", "loop", "overhead")  # in the order of `gpu`: the quick ones first
 GPU_SECONDS = 540  # of ten minutes; a case under way then still ends

@@ -168,7 +168,7 @@ def certify_cascade(
     alpha: float,
     p0: float = 0.5,
     rule: str = "max",
-    upper: str = "classes",
+    upper: str = "runner-up",
 ) -> CascadeCertificates:
     """Certify the cascade from the counts of every scale.
 
@@ -179,7 +179,8 @@ def certify_cascade(
     selection, estimation : int arrays [..., K, num_classes]
         Row k holds the counts at the k-th smallest sigma.
     n : int or int array, broadcast to [..., K]
-        Estimation samples, those without a vote included.
+        Estimation samples, those without a vote included. A scale with 0 was not asked: it proves nothing and excludes
+        nothing. `cascade` and `released` do without the scales below the one they halt at (`certify.scales`).
     sigmas : K floats, increasing, pixel units on [0, 1]
     alpha : float
         Chance, over the sampling, that the certificate of an image is wrong; in (0, 1).
@@ -191,9 +192,10 @@ def certify_cascade(
         s-th scale from the top has alpha / s, and a scale neither proved above nor below p0 ends in abstention. Each
         stage alone keeps alpha, but the stage is chosen by the same counts, so the whole is proved for K alpha only.
     upper : str
-        How the other classes of a scale share its upper bounds. `classes`: equally, all bounds hold at once.
-        `runner-up`: only the likeliest other class need be bounded, and its bound is at most that of the largest
-        count; there are two such classes at most, with and without the guessed one. Sound as well, and sharper.
+        What an upper bound on the other classes of a scale costs. `runner-up`: only the likeliest of them need be
+        bounded. Which one that is, is no matter of chance, and the bound of the largest count is at least its own, so one
+        statement is enough for a guessed class y; two serve every y, as the likeliest class but y is the likeliest of all,
+        or the second where y is that. `classes`: equal shares for all classes, whose bounds then hold at once; looser.
 
     Returns
     -------
@@ -218,16 +220,20 @@ def certify_cascade(
 def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> CascadeCertificates:
     scales, num_classes = estimation.shape[-2:]
     a = alpha_per_statement(alpha, scales)
-    classes = selection.argmax(axis=-1)  # [..., K]
-    own = _gap(clopper_pearson_lower(_take(estimation, classes), n, a), p0, sigmas)
+    asked = n > 0
+    classes = np.where(asked, selection.argmax(axis=-1), ABSTAIN)  # [..., K]
+    n = np.maximum(n, 1)  # for a bound that says nothing
+    own = np.where(asked, _gap(clopper_pearson_lower(_take(estimation, classes), n, a), p0, sigmas), 0.0)
     one, several = (num_classes - 1, num_classes) if upper == "classes" else (min(1, num_classes - 1), 2)
     negative = np.full(own.shape, np.inf)
     for j in range(1, scales):
-        # the guesses do not depend on the estimation samples; if all smaller scales guess one class, its votes need no bound
+        # the guesses do not depend on the estimation samples; if all smaller scales guess one class, its votes need no bound.
+        # a scale not asked has no guess, so it agrees with none: stopping early never proves more than asking all scales
         agree = (classes[..., :j] == classes[..., :1]).all(axis=-1)
         for k in range(j):
             most = _most_of_others(estimation[..., j, :], classes[..., k])
             up = np.where(agree, *(_upper_bound(most, n[..., j], a, share) for share in (one, several)))
+            up = np.where(asked[..., j], up, 1.0)
             negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
     radii = np.minimum(own, negative)
     halted = _largest_true(own > 0)
@@ -241,6 +247,7 @@ def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Ca
 
 def _released(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> CascadeCertificates:
     scales, num_classes = estimation.shape[-2:]
+    asked, n = n > 0, np.maximum(n, 1)
     classes = selection.argmax(axis=-1)
     n_a = _take(estimation, classes)
     own, negative = np.zeros(n_a.shape), np.full(n_a.shape, np.inf)
@@ -249,12 +256,12 @@ def _released(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Casca
         a = alpha / (scales - k)  # as many statements as scales have been asked
         lower = clopper_pearson_lower(n_a[..., k], n[..., k], a)
         halts[..., k] = lower >= p0
-        stops[..., k] = clopper_pearson_upper(n_a[..., k], n[..., k], a) >= p0
+        stops[..., k] = asked[..., k] & (clopper_pearson_upper(n_a[..., k], n[..., k], a) >= p0)
         own[..., k] = _gap(lower, p0, sigmas[k])
         for j in range(k + 1, scales):
             most = _most_of_others(estimation[..., j, :], classes[..., k])
             share = num_classes - 1 if upper == "classes" else min(1, num_classes - 1)
-            up = _upper_bound(most, n[..., j], a, share)
+            up = np.where(asked[..., j], _upper_bound(most, n[..., j], a, share), 1.0)
             negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
     radii = np.minimum(own, negative)
     scale = _largest_true(stops)  # whoever halts stops
@@ -295,8 +302,9 @@ def cascade_certificates(
     alpha: float | None = None,
     p0: float = 0.5,
     rule: str = "max",
-    upper: str = "classes",
+    upper: str = "runner-up",
     n: int | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """Certificates of the images that all records hold complete: `certify_cascade` for a table.
 
@@ -306,12 +314,16 @@ def cascade_certificates(
     Parameters
     ----------
     records : mapping from sigma to Record, or Records
-        Votes on the same images, of fixed n, one record a scale.
+        Votes on the same images, of fixed n, one record a scale. An image needs no votes at the scales below the one
+        that `cascade` or `released` halts at; one that lacks others is left out.
     alpha : float, optional
         For each image, over all scales; the records' own by default.
     p0, rule, upper : as in `certify_cascade`
     n : int, optional
         Use only the first n estimation samples; a block edge of every record. Fix it before looking.
+    sigmas : floats, optional
+        Those of the cascade, if no image came to some of them so that there is no record; the records' own by default.
+        They share alpha whether asked or not.
 
     Returns
     -------
@@ -327,25 +339,37 @@ def cascade_certificates(
         If the records are not of the same images, or no image is complete in all of them.
     """
     by_sigma = _by_sigma(records)
-    sigmas, chosen = sorted(by_sigma), [by_sigma[s] for s in sorted(by_sigma)]
+    sigmas = sorted(by_sigma) if sigmas is None else check_sigmas(sigmas).tolist()
+    if set(by_sigma) - set(sigmas) or sigmas[-1] not in by_sigma:
+        raise RecordError(
+            f"records at sigma {', '.join(f'{s:g}' for s in sorted(by_sigma))} do not fit sigmas {sigmas}"
+        )
+    chosen = [by_sigma[s] for s in sorted(by_sigma)]
     _check_same_data(chosen)
     alpha = _one_of({r.stopping_rule.alpha for r in chosen}, "alpha") if alpha is None else alpha
-    votes = [record.votes(n).set_index("image_id") for record in chosen]
-    ids = sorted(set.intersection(*(set(v.index) for v in votes)), key=lambda i: int(votes[0].at[i, "index"]))
-    if not ids:
-        raise RecordError(f"no image is complete at all of the scales {', '.join(f'{s:g}' for s in sigmas)}")
-    votes = [v.loc[ids] for v in votes]
-    about = votes[0]
+    about = chosen[-1].votes(n).set_index("image_id").sort_values("index")
+    if about.empty:
+        raise RecordError(f"no image is complete at the scale {sigmas[-1]:g}, which is asked first")
+    votes = [by_sigma[s].votes(n).set_index("image_id") if s in by_sigma else about[:0] for s in sigmas]
     for v, sigma in zip(votes, sigmas, strict=True):
-        if not np.array_equal(v["label"], about["label"]):
-            raise RecordError(f"the record at sigma {sigma:g} gives other labels than the one at {sigmas[0]:g}")
-    counts = [np.stack([np.stack(v[c].to_list()) for v in votes], axis=1) for c in _COUNTS]  # [images, K, num_classes]
-    samples = np.stack([v["n"].to_numpy() for v in votes], axis=1)  # [images, K]
+        both = v.index.intersection(about.index)
+        if not np.array_equal(v["label"][both], about["label"][both]):
+            raise RecordError(f"the record at sigma {sigma:g} gives other labels than the one at {sigmas[-1]:g}")
+    num_classes = chosen[0].identity.num_classes
+    counts = [
+        np.stack([_counts_of(v[c], about.index, num_classes) for v in votes], axis=1) for c in _COUNTS
+    ]  # [images, K, num_classes]
+    samples, spent = (
+        np.stack([v[list(columns)].sum(axis=1).reindex(about.index, fill_value=0).to_numpy() for v in votes], axis=1)
+        for columns in (("n",), ("n0", "n"))
+    )  # [images, K]
     found = certify_cascade(*counts, n=samples, sigmas=sigmas, alpha=alpha, p0=p0, rule=rule, upper=upper)
+    needed = np.arange(len(sigmas)) >= (0 if rule == "max" else np.maximum(found.scale, 0)[:, None])
+    complete = ((samples > 0) | ~needed).all(axis=1)
+    if not complete.any():
+        raise RecordError(f"no image is complete at all of the scales {', '.join(f'{s:g}' for s in sigmas)}")
     none, label = found.scale == NO_SCALE, about["label"].to_numpy()
-    spent = np.stack([v["n0"].to_numpy() for v in votes], axis=1) + samples
-    asked = np.arange(len(sigmas)) >= (0 if rule == "max" else np.maximum(found.scale, 0)[:, None])
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "idx": about["index"].to_numpy(),
             "label": label,
@@ -356,7 +380,7 @@ def cascade_certificates(
             "reason": found.reason,
             "own_radius": np.where(none, np.nan, _at(found.own, found.scale)),
             "negative_radius": np.where(none, np.nan, _at(found.negative, found.scale)),
-            "calls": (spent * asked).sum(axis=1),
+            "calls": (spent * needed).sum(axis=1),
             "n0": about["n0"].to_numpy(),
             "n": about["n"].to_numpy(),
             "alpha": alpha,
@@ -365,12 +389,20 @@ def cascade_certificates(
             "rule": rule,
             "noise": chosen[0].identity.noise,
             "key": about["key"].to_numpy(),
-            "image_id": np.array(ids),
+            "image_id": about.index.to_numpy(),
         }
     )
+    return table[complete].reset_index(drop=True)
 
 
 _COUNTS = ("counts_selection", "counts_estimation")
+
+
+def _counts_of(votes: pd.Series, ids: pd.Index, num_classes: int) -> np.ndarray:
+    """Counts [images, num_classes] of these images, zeros for those without votes."""
+    found = dict(votes)
+    nothing = np.zeros(num_classes, dtype=np.int64)
+    return np.stack([found.get(i, nothing) for i in ids])
 
 
 def error_rates(
@@ -405,7 +437,7 @@ def _by_sigma(records: Mapping[float, Record] | Sequence[Record]) -> dict[float,
         records = {r.sigma: r for r in records}
     for sigma, record in records.items():
         if float(sigma) != record.sigma:
-            raise RecordError(f"the record given for sigma {sigma:g} was sampled at {record.sigma:g}")
+            raise RecordError(f"the record given for sigma {sigma:g} was sampled at {record.sigma}")
     if not records:
         raise RecordError("a cascade needs at least one record")
     return {record.sigma: record for record in records.values()}

@@ -79,6 +79,8 @@ def certificates(record: Record, *, alpha: float | None = None, n: int | None = 
     Parameters
     ----------
     record : Record
+        With one sigma, or one for each image: that certificate holds of the smoothed classifier with *this* sigma for
+        all inputs (see `sigma.selectors` for one classifier with several).
     alpha : float, optional
         Failure probability of each certificate; the record's own by default. Any value is allowed for
         a record of fixed n. It is per image: for m images at once, divide by m.
@@ -103,7 +105,7 @@ def certificates(record: Record, *, alpha: float | None = None, n: int | None = 
     c_a = selection.argmax(axis=1)
     n_a = estimation[np.arange(len(votes)), c_a]
     p_a_lower = clopper_pearson_lower(n_a, votes["n"].to_numpy(), alpha)
-    radii = radius(p_a_lower, record.sigma)
+    radii = radius(p_a_lower, votes["sigma"].to_numpy())
     predict = np.where(radii > 0, c_a, ABSTAIN)
     return pd.DataFrame(
         {
@@ -112,7 +114,7 @@ def certificates(record: Record, *, alpha: float | None = None, n: int | None = 
             "predict": predict,
             "radius": radii,
             "correct": (predict == votes["label"].to_numpy()) & (predict != ABSTAIN),
-            "sigma": record.sigma,
+            "sigma": votes["sigma"].to_numpy(),
             "n0": votes["n0"].to_numpy(),
             "n": votes["n"].to_numpy(),
             "alpha": alpha,

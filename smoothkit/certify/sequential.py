@@ -23,6 +23,7 @@ alpha, whatever made the sampling stop.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 import pandas as pd
@@ -350,6 +351,7 @@ def certify_sequentially(
     sigma: float,
     rule: StoppingRule,
     progress: bool = True,
+    executor: Executor | None = None,
     **settings,
 ) -> Record:
     """Sample each image until its rule says stop; images still open share the batches.
@@ -359,6 +361,8 @@ def certify_sequentially(
     base_classifier, images, sigma, and settings (seed, out, grid, batch, device, model_id) : as in
         `smoothkit.votes.collect_votes`
     rule : StoppingRule, from `sequential_rule`
+    executor : concurrent.futures.Executor, optional
+        As in `collect_votes`; the next looks are decided here when all of a round are back.
 
     Returns
     -------
@@ -370,7 +374,7 @@ def certify_sequentially(
         If a radius of the rule is beyond what n_max unanimous votes certify; see `check_rule`.
     """
     from smoothkit.progress import Progress
-    from smoothkit.votes import PURPOSES, RecordWriter, Task, announce, check_contents, open_run
+    from smoothkit.votes import PURPOSES, RecordWriter, Task, announce, check_contents, open_run, run_on
 
     check_rule(rule, sigma)
     record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=rule, **settings)
@@ -404,7 +408,7 @@ def certify_sequentially(
             tasks = next_tasks(undecided)
             bar.update(len(undecided) - len(tasks))
             undecided = [task.image for task in tasks]
-            for task, counts, batch in stream.run(tasks):
+            for task, counts, made in run_on(executor, stream, tasks):
                 counted[task.image][task.purpose == PURPOSES[ESTIMATE]].append(counts)
-                writer.add(task, counts, batch)
+                writer.add(task, counts, made)
     return record

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 from torch import Tensor
@@ -60,10 +61,12 @@ class Smoothed:
         out: str | os.PathLike | None = None,
         grid: int | str | None = "data",
         progress: bool = True,
+        executor: Executor | None = None,
     ) -> Record:
         """All votes that certifying `images` needs, as a record (kept in the folder `out`, or in memory).
 
-        Refuses, before sampling, an n that cannot reach alpha.
+        Refuses, before sampling, an n that cannot reach alpha. With an `executor` the work is done elsewhere, see
+        `votes.collect_votes`.
         """
         rule = StoppingRule(n0=n0, n=n, alpha=alpha)
         check_reach(n, alpha)
@@ -78,6 +81,7 @@ class Smoothed:
             model_id=self.model_id,
             **self._how,
             progress=progress,
+            executor=executor,
         )
 
     def sample_sequentially(
@@ -102,7 +106,7 @@ class Smoothed:
         return self._sample_by_rule(images, settings, seed=seed, progress=progress, within=within)
 
     def _sample_by_rule(self, images: Images | Tensor, settings: dict, *, seed: int, progress: bool, **aim) -> Record:
-        where = {name: settings.pop(name) for name in ("out", "grid") if name in settings}
+        where = {name: settings.pop(name) for name in ("out", "grid", "executor") if name in settings}
         return certify_sequentially(
             self.base_classifier,
             _as_images(images),

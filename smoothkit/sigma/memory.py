@@ -237,6 +237,10 @@ class Memory:
             pairs += [(int(j), i) for j in near[high < reach]]
         return pairs
 
+    def candidates(self, image, radius: float) -> int:
+        """How many entries a question is compared with; the norm filter leaves out the others."""
+        return len(self._candidates(self._read(image, 0), radius, stop=self._count))
+
     def _settle(self, x: np.ndarray, predicted: int, radius: float) -> Answer:
         near = self._candidates(x, radius, stop=self._count)
         return settle(x, predicted, radius, self._points[near], self._labels[near], self._radii[near], rule=self.rule)

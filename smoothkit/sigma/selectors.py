@@ -26,6 +26,7 @@ from torch import Tensor
 from smoothkit.data import Images, check_images
 from smoothkit.sigma.certificates import frozen_certificates
 from smoothkit.sigma.distances import nearest, relative_error
+from smoothkit.sigma.sound import by_min_rule
 from smoothkit.types import ABSTAIN, check_alpha, check_sigma
 
 
@@ -54,14 +55,6 @@ class Selector(Protocol):
     """Anything that chooses sigmas and says within what radius they stay."""
 
     def choose(self, images: Images) -> Choice: ...
-
-
-def min_rule(sigma_radius: float, class_radius: float) -> float:
-    """The radius of the input-dependent classifier: within it neither sigma changes nor the class at that sigma."""
-    for name, radius in (("sigma_radius", sigma_radius), ("class_radius", class_radius)):
-        if not radius >= 0:
-            raise ValueError(f"{name} must be at least 0, an L2 radius in pixel units, got {radius}")
-    return min(sigma_radius, class_radius)
 
 
 # --- the nearest prototype ---------------------------------------------------------------------------
@@ -214,19 +207,13 @@ def sound_certificates(
             f"alpha={alpha:g} must be above the selector's share, which is {choice.alpha:g}; half is usual"
         )
     table = frozen_certificates(base_classifier, images, choice.sigma, n0=n0, n=n, alpha=alpha_class, **how)
-    class_radius = table["radius"].to_numpy()
-    answered = choice.known & (table["predict"].to_numpy() != ABSTAIN)
-    radius = [min_rule(r, c) if a else 0.0 for r, c, a in zip(choice.radius, class_radius, answered, strict=True)]
-    predict = np.where(answered, table["predict"], ABSTAIN)
-    return table.assign(
-        predict=predict,
-        radius=radius,
-        correct=(predict == table["label"]) & answered,
-        alpha=alpha,
-        sigma_radius=np.where(choice.known, choice.radius, 0.0),
-        class_radius=class_radius,
-        alpha_class=alpha_class,
-    )
+    return by_min_rule(table, choice.radius, choice.known, alpha=alpha)
+
+
+def wanted_of(found: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
+    """Which of a few sigmas is nearest, by ratio, to each that was found: int64 [N]."""
+    found, sigmas = (np.asarray(s, dtype=np.float64) for s in (found, sigmas))
+    return np.abs(np.log(found)[:, None] - np.log(sigmas)).argmin(1)
 
 
 def prototypes_by_sigma(
@@ -250,7 +237,7 @@ def prototypes_by_sigma(
     found, sigmas = np.asarray(found, dtype=np.float64), np.asarray(sorted(sigmas), dtype=np.float64)
     if found.shape != (len(images),):
         raise ValueError(f"found must hold one sigma for each of {len(images)} images, got {found.shape}")
-    wanted = np.abs(np.log(found)[:, None] - np.log(sigmas)).argmin(1)  # [N]
+    wanted = wanted_of(found, sigmas)
     pixels = images.batch()
     centres, chosen = [], []
     for k in np.unique(wanted):

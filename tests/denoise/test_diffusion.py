@@ -10,6 +10,7 @@ from torch import nn
 
 from smoothkit import Smoothed, data, models
 from smoothkit.certify import certificates
+from smoothkit.certify.cascade import cascade_certificates
 from smoothkit.denoise import (
     DenoisedClassifier,
     Denoiser,
@@ -337,6 +338,8 @@ def test_the_identity_denoiser_reproduces_cohen_vote_for_vote(digits, starter):
     assert cohen.rows()["counts"].tolist() == chained.rows()["counts"].tolist()
     a, b = certificates(cohen), certificates(chained)
     assert (a["radius"] == b["radius"]).all() and (a["predict"] == b["predict"]).all()
+    one_scale = cascade_certificates([chained])
+    assert (one_scale["radius"] == a["radius"]).all() and (one_scale["predict"] == a["predict"]).all()
 
 
 def test_a_diffusion_model_without_effect_reproduces_cohen_vote_for_vote(digits, starter):

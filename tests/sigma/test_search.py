@@ -313,6 +313,12 @@ def test_sigma0_must_be_above_0(sigma0, digits, starter):
         ascend(slab, torch.atleast_1d(torch.tensor(sigma0, dtype=torch.float64)), SigmaSearch())
 
 
+def test_images_outside_0_1_are_refused(starter):
+    for bad in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]|NaN"):
+            search_sigma(starter, from_arrays(torch.full((1, 1, 8, 8), bad)), sigma0=0.25, progress=False)
+
+
 def test_a_black_box_is_refused(digits, starter):
     def black_box(images):
         with torch.no_grad():

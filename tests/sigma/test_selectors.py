@@ -22,10 +22,10 @@ from smoothkit.sigma.selectors import (
     Choice,
     NearestPrototype,
     SmoothedSelector,
-    min_rule,
     prototypes_by_sigma,
     sound_certificates,
 )
+from smoothkit.sigma.sound import min_rule
 from smoothkit.types import ABSTAIN, StoppingRule
 from smoothkit.votes import collect_votes
 
