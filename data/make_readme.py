@@ -30,7 +30,9 @@ ROOT = HERE.parent
 TIMES = HERE / "benchmarks" / "workbook-digits.json"
 FIGURE = HERE / "figures" / "certified-accuracy-digits.svg"
 RECORDS = [f"digits-vit-{sigma}-sigma-{sigma}" for sigma in ("0.12", "0.25", "0.50")]
-BENCHMARKS = ("overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls", "panels")
+BENCHMARKS = (
+    "overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls",
+)  # fmt: skip
 # notebook -> level and the question it answers
 NOTEBOOKS = {
     "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),

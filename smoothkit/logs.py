@@ -326,7 +326,8 @@ def _own_correct(frame: dict[str, np.ndarray], correct: np.ndarray, lines: np.nd
         return [_shared(lines[unread], "correct is neither 0/1 nor True/False; recomputed")]
     if np.array_equal(own, correct):
         return []
-    steps = np.diff(own, prepend=0.0)
+    with np.errstate(invalid="ignore"):  # inf - inf, in a column that is no total
+        steps = np.diff(own, prepend=0.0)
     if np.array_equal(own, correct.cumsum()) or ((steps >= 0).all() and own[-1] > 1):
         what = f"correct is a running total (up to {own[-1]:g}), not 0/1; recomputed from label and predict"
         wrong = np.flatnonzero(steps != correct)

@@ -508,7 +508,7 @@ def image_grid(
     captions = _checked_captions(captions, len(pixels))
     columns = min(columns or 8, len(pixels))
     rows = math.ceil(len(pixels) / columns)
-    size = size or int(np.clip(840 / columns - 12, 72, 170))  # fits the width of a notebook
+    size = size or int(np.clip(816 / columns - 12, 72, 170))  # fits the width of a notebook
     lines = max((c.count("<br>") + 1 if c else 0 for c in captions), default=0)
     gap, head = 12, 10 + 16 * lines
     width, height = columns * (size + gap), rows * (size + head)

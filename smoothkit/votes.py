@@ -487,12 +487,14 @@ def run_on(
 def _units(stream: VoteStream, tasks: Iterable[Task], groups: dict[int, list[Task]]) -> Iterator[_Unit]:
     """Successive tasks of some UNIT_SAMPLES samples; an image travels with each unit that needs it."""
     group: list[Task] = []
+    samples = 0
     for number, task in enumerate(tasks):
         group.append(task)
-        if sum(t.stop - t.start for t in group) >= UNIT_SAMPLES:
+        samples += task.stop - task.start
+        if samples >= UNIT_SAMPLES:
             groups[number] = group
             yield _unit(stream, number, group)
-            group = []
+            group, samples = [], 0
     if group:
         groups[-1] = group
         yield _unit(stream, -1, group)

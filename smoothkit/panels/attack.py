@@ -150,8 +150,8 @@ def attack_figure(table: pd.DataFrame, *, sigma: float, reach: float, title: str
     longest = 1.08 * max(float(table["radius"].max()), 0.1)
     fig.update_xaxes(title_text="certified radius", range=[0, longest], col=2)
     fig.update_yaxes(title_text="L2 distance of the attack", range=[0, 1.06 * max(reach, longest)], col=2)
-    below = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2, "yanchor": "top"}
-    fig.update_layout(height=500, legend=below, margin={"t": 92, "b": 50}, uirevision="attack")
+    below = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.26, "yanchor": "top"}
+    fig.update_layout(height=510, legend=below, margin={"t": 92, "b": 50}, uirevision="attack")
     return fig
 
 

@@ -100,10 +100,10 @@ def compare_figure(
     plots.dress(fig, title)
     fig.update_xaxes(title_text=f"radius, {html.escape(names[0])}", range=[-0.02 * top, top], row=1, col=1)
     fig.update_yaxes(title_text=f"radius, {html.escape(names[1])}", range=[-0.02 * top, top], row=1, col=1)
-    fig.update_xaxes(title_text="certified accuracy at r, and average radius", row=1, col=2)
+    fig.update_xaxes(title_text="certified accuracy, and ACR", row=1, col=2)
     fig.update_yaxes(title_text="second minus first", row=1, col=2, zeroline=False)
-    below = {"orientation": "h", "x": 0.25, "xanchor": "center", "y": -0.2, "yanchor": "top"}
-    fig.update_layout(height=500, legend=below, margin={"t": 92, "b": 40}, uirevision="compare")
+    below = {"orientation": "h", "x": 0.25, "xanchor": "center", "y": -0.26, "yanchor": "top"}
+    fig.update_layout(height=520, legend=below, margin={"t": 92, "b": 40}, uirevision="compare")
     return fig
 
 
@@ -187,4 +187,7 @@ class ComparePanel(Panel):
         for column in ("first", "second"):
             shown[column] = [f"{floor_to(v, 3):.3f}" for v in table[column]]
         shown["difference"] = [f"{v:+.3f}" for v in table["difference"]]
-        return shown.to_html(index=False, border=0)
+        table = shown.to_html(index=False, border=0)
+        for cell in ("th", "td"):
+            table = table.replace(f"<{cell}>", f'<{cell} style="padding:1px 10px;text-align:right;line-height:1.4">')
+        return table

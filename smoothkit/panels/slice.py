@@ -334,7 +334,7 @@ def _overlays(plane: Plane, certificate: Certificate | None, *, legend: bool) ->
         shared = {"x": x, "y": y, "hoverinfo": "skip", "legendgroup": name}
         found.append(go.Scatter(mode="lines", line=white, showlegend=False, name="", **shared))
         found.append(go.Scatter(mode=mode, line=line, marker={"size": 7}, name=name, showlegend=legend, **shared))
-    marker = {"size": 12, "color": "#000000", "line": {"width": 2, "color": "#FFFFFF"}}
+    marker = {"size": 9, "color": "#000000", "line": {"width": 1.5, "color": "#FFFFFF"}}
     marks = [("the image", (0.0, 0.0), "circle"), *((name, at, "square") for name, at in plane.marks.items())]
     for name, at, symbol in marks:
         found.append(
@@ -511,6 +511,8 @@ class SlicePanel(Panel):
             return said
         inside = answers_inside(kept.plane, smoothed, certificate)
         total = inside.agree + inside.no_answer + inside.otherwise
+        if not total:
+            return f"{said} The circle lies between the sampled points."
         return (
             f"{said} Of {total} sampled points inside the circle {inside.agree} answer so, {inside.no_answer} "
             f"give no answer and {inside.otherwise} answer otherwise."

@@ -67,6 +67,7 @@ def test_a_dark_page(notebook, counts):
     assert_plotted(page.figure(), counts)
     page.shot("explorer-dark")
     assert page.contrast(".jupyter-widgets p") > 4.5
+    page.theme("Light")  # it is kept for the pages to come
     assert_clean(page)
 
 
@@ -102,7 +103,7 @@ def test_the_radius_explorer(notebook, counts):
     # radii: the brush, by key and by drag, and across the curve itself
     page.press("radii", "ArrowRight", 30, handle=1)
     page.wait_until(lambda: page.page.locator("text=certificates end between").count() > 0, 20, "the brush")
-    page.drag("radii", 60, handle=0)
+    page.drag("radii", 25, handle=0)
     page.page.wait_for_timeout(1500)
     page.shot("explorer-brush")
     plot = page.page.locator(".smoothkit-figure .nsewdrag").first.bounding_box()

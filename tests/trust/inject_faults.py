@@ -361,6 +361,7 @@ def main() -> None:
     if options.child:
         torch.set_num_threads(1)
         cli.stop_on_sigterm()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the parent is a background job
         certify(options.child)
         return
     begin = time.perf_counter()
