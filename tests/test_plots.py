@@ -247,5 +247,5 @@ def test_show_print_keeps_vector_files(small, tmp_path):
     tables = {0.5: small}
     points = plots.certified_accuracy_points(tables)
     plots.show_print(plots.certified_accuracy_print(tables), "fig1", points, figures_dir=tmp_path, caption="Figure 1")
-    assert {path.name for path in tmp_path.iterdir()} == {"fig1.svg", "fig1.pdf", "fig1.csv", "fig1.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"fig1.{end}" for end in ("svg", "pdf", "png", "csv", "json")}
     assert "<svg" in (tmp_path / "fig1.svg").read_text()
