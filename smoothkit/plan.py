@@ -27,6 +27,7 @@ KNOWN = {
     "cifar10": (10_000, (3, 32, 32), 10),
     "tiny-imagenet-32": (10_100, (3, 32, 32), 202),
 }
+MEASURED = 1_000_000  # samples of an image of which a record is written to be measured
 SAMPLE = 50  # images of the part that is written to measure how large a record becomes
 
 
@@ -218,6 +219,8 @@ def bytes_per_image(n0: int, n: int, alpha: float, classes: int, *, images: int 
 
     Half of the images are clear, the others have votes spread over some classes, as those of real networks are.
     """
+    blocks = len(block_edges(n))
+    n = min(n, MEASURED)  # blocks beyond are like those before, and 50 images of a huge n would fill the memory
     rng = np.random.default_rng(0)
     identity = Identity(
         dataset="plan", split="test", subset="all", model="plan", fingerprint="plan", num_classes=classes, sigma=0.25,
@@ -230,7 +233,7 @@ def bytes_per_image(n0: int, n: int, alpha: float, classes: int, *, images: int 
         record = create_record(Path(folder) / "r", identity)
         record.append(rows, {})
         (part,) = record.parts()
-        return part.stat().st_size / images
+        return part.stat().st_size / images * blocks / len(block_edges(n))
 
 
 def made_up_probabilities(rng: np.random.Generator, i: int, classes: int) -> np.ndarray:

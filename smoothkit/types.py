@@ -6,6 +6,7 @@ import html
 import numpy as np
 
 ABSTAIN = -1
+MOST_SAMPLES = 10**9  # of one image; with blocks of 10,000 a record has a hundred thousand then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,3 +217,5 @@ def check_within(within: float | None) -> None:
 def check_samples(name: str, n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
+    if n > MOST_SAMPLES:
+        raise ValueError(f"{name} must be at most {MOST_SAMPLES:,}, got {n:,}; no bound gains from more")

@@ -133,3 +133,11 @@ def test_the_size_of_a_record_is_measured(classifier, tmp_path):
     real = ROOT / "data" / "records" / "digits-vit-0.25-sigma-0.25"
     (part,) = open_record(real).parts()
     assert part.stat().st_size / 360 < bytes_per_image(100, 10_000, 0.001, 10) < 10 * part.stat().st_size / 360
+
+
+def test_a_huge_n_is_planned_and_a_larger_one_refused():
+    """A record is measured on a part of its blocks, so that a plan of 10^9 samples needs no more memory than one of 10^6."""
+    million, billion = (plan("digits", "starter:digits-vit-0.25", n=n) for n in (10**6, 10**9))
+    assert 0.9 < billion.bytes_record / million.bytes_record / 1_000 < 1.1
+    with pytest.raises(ValueError, match="n must be at most 1,000,000,000, got 2,147,483,648"):
+        plan("digits", "starter:digits-vit-0.25", n=2**31)
