@@ -1,8 +1,11 @@
 """Shared fixtures. One thread a process: the suite runs in several, and threads that wait for each other are slow."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job, and so in every process a test starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 

@@ -188,7 +188,10 @@ def test_ctrl_c_ends_cleanly(tmp_path):
         time.sleep(0.05)
     time.sleep(6)
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    try:
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()  # left alone it would run for long
     assert process.returncode == 130, err
     assert "interrupted; what was finished is kept" in err and "Traceback" not in err
     assert 0 < len(open_record(out).rows()) < 4 * 360
