@@ -68,7 +68,8 @@ def test_nothing_is_fetched_unless_a_source_is_named(tmp_path):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
-                assert not fetching.search(cell.source), f"{path.name} fetches: {fetching.search(cell.source).group()}"
+                code = re.sub(r"  # .*$", "", cell.source, flags=re.MULTILINE)  # a parameter's comment may name a hub
+                assert not fetching.search(code), f"{path.name} fetches: {fetching.search(code).group()}"
 
 
 def test_make_lab_is_for_this_machine():
