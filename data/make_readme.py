@@ -179,6 +179,13 @@ def diffusion_table() -> str:
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
+def _sigma_of(row) -> str:
+    """The noise level, or whose radius it is where each image has one of its own."""
+    if not row.search:
+        return f"{row.sigma:g}"
+    return "per image, sound radius" if row.selector else "per image, frozen radius"
+
+
 def natural_table() -> str:
     """Rows of all tables on CIFAR-10."""
     lines = []
@@ -186,11 +193,12 @@ def natural_table() -> str:
         if not name.startswith("cifar10"):
             continue
         settings, folder = open_table(name)
-        found = read_rows(folder, (0.0, 0.25, 0.5), order=settings).drop(columns="name")
+        found = read_rows(folder, (0.0, 0.25, 0.5), order=settings)
+        where = [_sigma_of(settings[name]) for name in found.name]
         shown = found[["title", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]].rename(
             columns={"title": "row"}
         )
-        shown["sigma"], shown["trained"] = [f"{s:g}" for s in shown.sigma], [f"{t:,}" for t in shown.trained]
+        shown["sigma"], shown["trained"] = where, [f"{t:,}" for t in shown.trained]
         lines.append(shown.assign(table=f"`{name}`"))
     frame = pd.concat(lines)[["table", "row", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]]
     return format_table(frame, "markdown")
