@@ -154,12 +154,12 @@ def _text(path: Path) -> str:
     if not path.is_file():
         raise LogError(f"{path}: no such file; check the path")
     raw = path.read_bytes()
-    if not raw.strip():
-        raise LogError(f"{path} is empty ({len(raw)} bytes); the run that should have written it left nothing")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
+    if not text.strip():  # of the text: what is blank in it may be no blank byte, as a byte order mark
+        raise LogError(f"{path} is empty ({len(raw)} bytes); the run that should have written it left nothing")
     if "\0" in text:
         raise LogError(f"{path} holds binary data (starts with {raw[:8]!r}); a log is a text table with a header line")
     return text.replace("\r\n", "\n").replace("\r", "\n")

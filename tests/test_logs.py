@@ -406,6 +406,8 @@ def test_expected_rows(write):
     [
         (b"", r"is empty \(0 bytes\)"),
         (b"\n \n", r"is empty \(3 bytes\)"),
+        (b"\xef\xbb\xbf ", r"is empty \(4 bytes\)"),
+        (b"\x1c", r"is empty \(1 bytes\)"),
         (b"PK\x03\x04\x00\x00", r"holds binary data \(starts with b'PK"),
         (b"\xff\xfe\xfa\xfb", "holds binary data"),
         (b"Dear reader, this is prose.\nIt goes on.\n", "not a certification log: its first line, 'Dear reader"),
