@@ -182,7 +182,7 @@ def _add_ball(fig: go.Figure, certificate: Certificate, distances: Distances, *,
     farthest = max(d for d in (certificate.radius, *dataclasses.astuple(distances)) if not math.isnan(d))
     fig.update_xaxes(title_text=plots.RADIUS_AXIS, range=[-0.42 * farthest, 1.32 * farthest], row=2, col=col)
     box = fig.get_subplot(2, col)
-    tall = max(certificate.radius, 0.75 * farthest)  # room for the labels
+    tall = max(certificate.radius, 0.95 * farthest)  # room for the labels
     box.yaxis.update(scaleanchor=box.xaxis.plotly_name.replace("axis", ""), visible=False, range=[-tall, tall])
 
 
