@@ -2,8 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from .lab import FLAGS, NotebookPage, chromium, jupyter_lab
 
@@ -46,10 +49,14 @@ def notebook(browser, tmp_path_factory):
     with jupyter_lab(folder) as address:
         context = browser.new_context(viewport={"width": 1280, "height": 1100})
 
-        def opened(name: str, *, of: str | None = None) -> NotebookPage:
-            """Open a notebook, or a fresh copy of one under this name."""
+        def opened(name: str, *, of: str | None = None, cells: Sequence[str] = ()) -> NotebookPage:
+            """Open a notebook, or under this name a fresh copy of one, or one with these cells."""
             if of:
                 shutil.copy(folder / "notebooks" / of, folder / "notebooks" / name)
+            if cells:
+                kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+                made = new_notebook(cells=[new_code_cell(cell) for cell in cells], metadata=kernel)
+                nbformat.write(made, folder / "notebooks" / name)
             page = NotebookPage(context, address)
             page.open(name)
             return page

@@ -3,12 +3,15 @@
 Screenshots are kept under runs/browser.
 """
 
+import nbformat
 import numpy as np
 import pytest
 
 from smoothkit import data, plots
 from smoothkit.panels.curve import certificate_table, read_counts
 from smoothkit.records import open_record
+
+from .lab import ROOT
 
 pytestmark = pytest.mark.slow
 SIGMAS = ("0.12", "0.25", "0.50")
@@ -208,4 +211,21 @@ def test_start_here(notebook):
     page.shot("start-here")
     page.page.locator(".js-plotly-plot").nth(2).scroll_into_view_if_needed()
     page.shot("start-here-curve")
+    assert_clean(page)
+
+
+def test_a_memory_takes_clicks(notebook):
+    """The panel of 30_sigma_selection: a click into the plane is a question, answered by the ball it falls in."""
+    cells = nbformat.read(ROOT / "notebooks" / "30_sigma_selection.ipynb", 4).cells
+    (panel,) = [cell.source for cell in cells if "MemoryPanel([" in cell.source]
+    imports = "from smoothkit.panels import base as panels\nfrom smoothkit.panels.memory import MemoryPanel"
+    page = notebook("memory.ipynb", cells=(f"{imports}\nfigures_dir = ''", panel))
+    page.run_all(200)
+    page.page.locator(".smoothkit-figure").first.scroll_into_view_if_needed()
+    page.wait_until(lambda: page.figure() is not None, 60, "the panel")
+    assert page.figure()["title"].startswith("2 questions")
+    box = page.page.locator(".smoothkit-figure .nsewdrag").first.bounding_box()
+    page.page.mouse.click(box["x"] + 0.66 * box["width"], box["y"] + 0.5 * box["height"])  # near (4, 2), in a ball
+    page.wait_until(lambda: page.figure()["title"].startswith("3 questions"), 20, "the click to be answered")
+    page.shot("memory-clicked")
     assert_clean(page)
