@@ -55,10 +55,26 @@ def certify_votes(
         raise ValueError(
             f"selection has {len(selection.counts)} classes, estimation {len(estimation.counts)}; they must be equal"
         )
-    c_a = selection.top
-    n_a = int(estimation.counts[c_a])
+    n_a = int(estimation.counts[selection.top])
     p_a_lower = float(clopper_pearson_lower(n_a, estimation.n, alpha))
-    certified = float(radius(p_a_lower, sigma))
+    return from_lower_bound(
+        selection, estimation, p_a_lower, sigma=sigma, alpha=alpha, noise=noise, class_names=class_names
+    )
+
+
+def from_lower_bound(
+    selection: Votes,
+    estimation: Votes,
+    p_a_lower: float,
+    *,
+    sigma: float,
+    alpha: float,
+    noise: str,
+    class_names: tuple[str, ...] = (),
+    rule: str = "fixed",
+) -> Certificate:
+    """The certificate of the class with most votes in `selection`, given a bound on its probability from `estimation`."""
+    c_a, certified = selection.top, float(radius(p_a_lower, sigma))
     return Certificate(
         predicted=c_a if certified > 0 else ABSTAIN,
         radius=certified,
@@ -67,8 +83,9 @@ def certify_votes(
         n=estimation.n,
         alpha=alpha,
         p_a_lower=p_a_lower,
-        n_a=n_a,
+        n_a=int(estimation.counts[c_a]),
         noise=noise,
+        rule=rule,
         class_name=class_names[c_a] if certified > 0 and c_a < len(class_names) else None,
     )
 

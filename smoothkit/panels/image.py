@@ -17,11 +17,12 @@ import traitlets
 from plotly.subplots import make_subplots
 
 from smoothkit import plots
-from smoothkit.bounds import kt_lower, kt_upper, radius
+from smoothkit.bounds import kt_lower, kt_upper
+from smoothkit.certify.fixed import from_lower_bound
 from smoothkit.data import Images
 from smoothkit.noise import Purpose, noisy_copies
 from smoothkit.panels.base import AlphaControl, Job, Panel, linked, note, row, thumbnail
-from smoothkit.types import ABSTAIN, Certificate, Votes
+from smoothkit.types import Certificate, Votes
 from smoothkit.votes import Task, VoteStream
 
 COPIES = 7  # noisy copies shown
@@ -36,23 +37,10 @@ def certificate_so_far(
 
     p_A is bounded by a confidence sequence (`bounds.kt_lower`): the chance that it is *ever* too high is alpha.
     """
-    c_a = selection.top
-    n_a = int(estimation.counts[c_a])
+    n_a = int(estimation.counts[selection.top])
     p_a_lower = float(kt_lower(n_a, estimation.n, alpha)) if estimation.n else 0.0
-    certified = float(radius(p_a_lower, sigma))
-    return Certificate(
-        predicted=c_a if certified > 0 else ABSTAIN,
-        radius=certified,
-        sigma=sigma,
-        n0=selection.n,
-        n=estimation.n,
-        alpha=alpha,
-        p_a_lower=p_a_lower,
-        n_a=n_a,
-        noise=noise,
-        rule="kt",
-        class_name=class_names[c_a] if certified > 0 and c_a < len(class_names) else None,
-    )
+    known = dict(sigma=sigma, alpha=alpha, noise=noise, class_names=class_names)
+    return from_lower_bound(selection, estimation, p_a_lower, rule="kt", **known)
 
 
 @dataclasses.dataclass(frozen=True)
