@@ -81,8 +81,7 @@ ON_CIFAR10 = dict(train=("train", "range:200:50000"), validation=("train", "firs
 RECIPES = {
     "digits-ddpm": Recipe("digits", architecture(8, 1, (32, 64), {1}), steps=2500),
     "cifar10-ddpm": Recipe(
-        "cifar10", architecture(32, 3, (16, 32, 64, 96), {2}), steps=300, batch=32, average=0.98,
-        **ON_CIFAR10 | {"train": ("train", "range:200:15000")},
+        "cifar10", architecture(32, 3, (16, 32, 64, 96), {2}), steps=3000, batch=32, average=0.995, **ON_CIFAR10,
     ),
     "cifar10-ddpm-large": Recipe(
         "cifar10", architecture(32, 3, (128, 256, 256, 256), {1}, layers_per_block=2, norm_num_groups=32),

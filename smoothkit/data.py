@@ -103,20 +103,7 @@ class Images:
 
     def at(self, positions: np.ndarray, rule: str) -> "Images":
         """The images at these positions, whatever chose them; `rule` says what did, for records."""
-        return self._chosen(np.asarray(positions), rule)
-
-    def _of_classes(self, rule: str) -> "Images":
-        first, last = class_range(rule, len(self.class_names) or int(self.labels.max()) + 1)
-        chosen = np.flatnonzero((self.labels >= first) & (self.labels <= last))
-        if not len(chosen):
-            raise ValueError(f"{self.name} has no image of the classes in {rule!r}")
-        part = self._chosen(chosen, rule)
-        return dataclasses.replace(part, labels=part.labels - first, class_names=self.class_names[first : last + 1])
-
-    def _take(self, rule: str) -> "Images":
-        return self._chosen(subset_indices(rule, len(self)), rule)
-
-    def _chosen(self, chosen: np.ndarray, rule: str) -> "Images":
+        chosen = np.asarray(positions)
         subset = rule if self.subset == "all" else f"{self.subset},{rule}"
         return dataclasses.replace(
             self,
@@ -126,6 +113,17 @@ class Images:
             labels=self.labels[chosen],
             ids=tuple(self.ids[i] for i in chosen),
         )
+
+    def _of_classes(self, rule: str) -> "Images":
+        first, last = class_range(rule, len(self.class_names) or int(self.labels.max()) + 1)
+        chosen = np.flatnonzero((self.labels >= first) & (self.labels <= last))
+        if not len(chosen):
+            raise ValueError(f"{self.name} has no image of the classes in {rule!r}")
+        part = self.at(chosen, rule)
+        return dataclasses.replace(part, labels=part.labels - first, class_names=self.class_names[first : last + 1])
+
+    def _take(self, rule: str) -> "Images":
+        return self.at(subset_indices(rule, len(self)), rule)
 
 
 def class_range(rule: str, classes: int) -> tuple[int, int]:

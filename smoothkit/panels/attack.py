@@ -247,7 +247,7 @@ class AttackPanel(Panel):
             wanted, chosen = self._wanted(), self._certificates()
             alpha, n = self.alpha, self.n
         place = {int(i): p for p, i in enumerate(self.images.index)}
-        only = self.images._chosen(np.array([place[int(i)] for i in chosen["idx"]]), "attacked")
+        only = self.images.at(np.array([place[int(i)] for i in chosen["idx"]]), "attacked")
         # what the smoothed classifier most likely says, certified or not: the selected class
         picked = np.searchsorted(self.counts.index, chosen["idx"])
         said = self.counts.c_a[picked].tolist()
@@ -293,7 +293,8 @@ class AttackPanel(Panel):
         fig = attack_figure(table, sigma=sigma, reach=reach, title=title)
         if not asked:
             fig.data = [trace for trace in fig.data if trace.name in ("certified", "the certified radius")]
-        fig.layout.meta = {"alpha": self.alpha, "n": self.n, "sigma": sigma, "attacked": asked}
+        chosen = {name: getattr(self, name) for name in ("alpha", "n", "number", "reach")}
+        fig.layout.meta = {**chosen, "sigma": sigma, "attacked": asked}
         return fig, note(self._sentence(table)) + self._red(table) if asked else note(
             "No attack yet: press <b>Attack</b>."
         )

@@ -163,6 +163,7 @@ class MemoryPanel(Panel):
         asked = self.asked()
         answers = replay(asked, rule=self.rule)
         fig = memory_figure(asked, answers, title=f"{len(asked)} questions, {self.order}")
+        fig.layout.meta = {name: getattr(self, name) for name in ("label", "radius", "rule", "order")}
         lines = "<br>".join(_sentence(i, q, a) for i, (q, a) in enumerate(zip(asked, answers, strict=True), start=1))
         return fig, note(lines or "Click into the plane to ask.")
 

@@ -83,32 +83,19 @@ def test_the_radius_explorer(notebook, counts):
     assert_plotted(page.figure(), counts)
     page.shot("explorer-curve")
 
-    # alpha: by key, by drag, by a typed number
-    keyed = follow(lambda: page.press("alpha", "ArrowRight", 4))
-    assert keyed["meta"]["alpha"] > 0.001
-    assert_plotted(keyed, counts)
-    dragged = follow(lambda: page.drag("alpha", -50))
-    assert dragged["meta"]["alpha"] < keyed["meta"]["alpha"]
-    assert_plotted(dragged, counts)
-    typed = follow(lambda: page.type_value("alpha", "0.02"))
-    assert typed["meta"]["alpha"] == 0.02
-    assert_plotted(typed, counts)
-    # n: the same; a number between two edges takes the lower
-    keyed = follow(lambda: page.press("n", "ArrowLeft"))
-    assert keyed["meta"]["n"] == 1_000
-    assert_plotted(keyed, counts)
-    dragged = follow(lambda: page.drag("n", -150))
-    assert dragged["meta"]["n"] == 100
-    assert_plotted(dragged, counts)
-    typed = follow(lambda: page.type_value("n", "5000"))
-    assert typed["meta"]["n"] == 1_000
-    assert_plotted(typed, counts)
-    # radii: the brush, by key and by drag, and across the curve itself
+    for figure in (
+        *all_ways(follow, "alpha", key="ArrowRight", pixels=-50, typed=0.02),
+        *all_ways(follow, "n", key="ArrowLeft", pixels=-150, typed=5000, taken=1_000),  # the block's edge below it
+    ):
+        assert_plotted(figure, counts)
+    # radii: the brush, by key, by drag, by two numbers, and across the curve itself
     page.press("radii", "ArrowRight", 30, handle=1)
     page.wait_until(lambda: page.page.locator("text=certificates end between").count() > 0, 20, "the brush")
     page.drag("radii", 25, handle=0)
     page.page.wait_for_timeout(1500)
     page.shot("explorer-brush")
+    page.type_value("radii", "0.20 – 0.40")
+    page.wait_until(lambda: np.allclose(page.brush(), (0.2, 0.4)), 20, "the brush typed")
     plot = page.page.locator(".smoothkit-figure .nsewdrag").first.bounding_box()
     page.page.mouse.move(plot["x"] + 0.5 * plot["width"], plot["y"] + 80)
     page.page.mouse.down()
@@ -139,6 +126,19 @@ def test_the_radius_explorer(notebook, counts):
     assert_clean(page)
 
 
+def all_ways(follow, label: str, *, key: str, pixels: int, typed: float, taken=None, **how) -> tuple[dict, dict, dict]:
+    """Move a slider by key, by drag and by a typed number; the figure follows each time, and is returned."""
+    page = follow.page
+    start = follow.page.figure()["meta"][label]
+    keyed = follow(lambda: page.press(label, key), **how)
+    assert np.sign(keyed["meta"][label] - start) == {"ArrowRight": 1, "ArrowLeft": -1}[key]
+    dragged = follow(lambda: page.drag(label, pixels), **how)
+    assert np.sign(dragged["meta"][label] - keyed["meta"][label]) == np.sign(pixels)
+    written = follow(lambda: page.type_value(label, f"{typed:g}"), **how)
+    assert written["meta"][label] == (typed if taken is None else taken)
+    return keyed, dragged, written
+
+
 def turn_to(page, name: str, settings: str) -> Follow:
     page.page.get_by_role("button", name=name, exact=True).first.click()
     page.wait_until(
@@ -151,32 +151,29 @@ def turn_to(page, name: str, settings: str) -> Follow:
 def image_panel(page) -> None:
     follow = turn_to(page, "image", "radius")
     page.shot("explorer-image")
-    typed = follow(lambda: page.type_value("alpha", "0.05"))
-    assert typed["meta"]["alpha"] == 0.05 and typed["meta"]["radius"] > 0
-    keyed = follow(lambda: page.press("sigma", "ArrowRight", 5))
-    assert keyed["meta"]["n"] == 0 and keyed["meta"]["sigma"] > 0.25
+    *_, typed = all_ways(follow, "alpha", key="ArrowRight", pixels=40, typed=0.05)
+    assert typed["meta"]["radius"] > 0
+    for figure in all_ways(follow, "sigma", key="ArrowRight", pixels=40, typed=0.4):
+        assert figure["meta"]["n"] == 0  # other noise: its votes are still to be drawn
     sampled = follow(
         lambda: page.page.get_by_role("button", name="Sample").click(), 60, lambda f: f["meta"]["n"] == 2_000
     )
     bars = next(t for t in sampled["data"] if t["name"] == "votes")
     assert abs(sum(bars["y"]) - 1) < 1e-9
     page.shot("explorer-image-sampled")
-    dragged = follow(lambda: page.drag("sigma", 40))
-    assert dragged["meta"]["sigma"] > keyed["meta"]["sigma"] and dragged["meta"]["n"] == 0
-    typed = follow(lambda: page.type_value("sigma", "0.25"))
-    assert typed["meta"]["sigma"] == 0.25
 
 
 def slice_panel(page) -> None:
     follow = turn_to(page, "slice", "direction")
     page.wait_until(lambda: page.figure()["meta"]["side"] == 16, 120, "the coarse grid")
     page.shot("explorer-slice")
-    typed = follow(lambda: page.type_value("alpha", "0.05"))
-    assert typed["meta"]["alpha"] == 0.05 and typed["meta"]["side"] == 16
-    keyed = follow(lambda: page.press("n", "ArrowLeft"))
-    assert keyed["meta"]["n"] == 50 and keyed["meta"]["radius"] < typed["meta"]["radius"]
-    sampled = follow(lambda: page.press("sigma", "ArrowRight", 10), 120, lambda f: f["meta"]["side"] == 16)
-    assert sampled["meta"]["sigma"] > 0.25
+    *_, typed = all_ways(follow, "alpha", key="ArrowRight", pixels=40, typed=0.05)
+    fewer, *_ = figures = all_ways(follow, "n", key="ArrowLeft", pixels=-200, typed=70, taken=50)
+    assert fewer["meta"]["n"] == 50 and fewer["meta"]["radius"] < typed["meta"]["radius"]
+    assert all(figure["meta"]["side"] == 16 for figure in figures)  # of votes that are there
+    sampled = all_ways(
+        follow, "sigma", key="ArrowRight", pixels=30, typed=0.35, seconds=120, until=lambda f: f["meta"]["side"] == 16
+    )[-1]
     regions = [t for t in sampled["data"] if t["name"] == "regions"]
     assert [len(t["z"]) for t in regions] == [64, 16]
     page.shot("explorer-slice-sigma")
@@ -185,19 +182,24 @@ def slice_panel(page) -> None:
 def attack_panel(page) -> None:
     follow = turn_to(page, "attack", "attacked")
     page.shot("explorer-attack")
-    dragged = follow(lambda: page.drag("alpha", 60))
-    assert dragged["meta"]["alpha"] > 0.001
-    points = next(t for t in dragged["data"] if t["name"] == "attack succeeds here")
-    assert points["x"] and all(y > x for x, y in zip(points["x"], points["y"], strict=True))
-    keyed = follow(lambda: page.press("reach", "ArrowLeft", 2))
-    assert not keyed["meta"]["attacked"]
+    for figure in (
+        *all_ways(follow, "alpha", key="ArrowRight", pixels=60, typed=0.002),
+        *all_ways(follow, "n", key="ArrowLeft", pixels=-200, typed=5000, taken=1_000),
+    ):
+        points = next(t for t in figure["data"] if t["name"] == "attack succeeds here")
+        assert points["x"] and all(y > x for x, y in zip(points["x"], points["y"], strict=True))
+    for figure in all_ways(follow, "reach", key="ArrowLeft", pixels=-40, typed=0.7):
+        assert not figure["meta"]["attacked"]
 
 
 def compare_panel(page) -> None:
     follow = turn_to(page, "compare", "first")
     page.shot("explorer-compare")
-    keyed = follow(lambda: page.press("n", "ArrowLeft"))
-    assert sum(len(t["x"]) for t in keyed["data"] if t["name"].startswith(("longer", "neither"))) == 360
+    for figure in (
+        *all_ways(follow, "alpha", key="ArrowRight", pixels=60, typed=0.01),
+        *all_ways(follow, "n", key="ArrowLeft", pixels=-200, typed=5000, taken=1_000),
+    ):
+        assert sum(len(t["x"]) for t in figure["data"] if t["name"].startswith(("longer", "neither"))) == 360
 
 
 def test_start_here(notebook):
@@ -228,4 +230,5 @@ def test_a_memory_takes_clicks(notebook):
     page.page.mouse.click(box["x"] + 0.66 * box["width"], box["y"] + 0.5 * box["height"])  # near (4, 2), in a ball
     page.wait_until(lambda: page.figure()["title"].startswith("3 questions"), 20, "the click to be answered")
     page.shot("memory-clicked")
+    all_ways(Follow(page), "radius", key="ArrowRight", pixels=30, typed=0.8)
     assert_clean(page)
