@@ -197,7 +197,7 @@ def compare_panel(page) -> None:
     page.shot("explorer-compare")
     for figure in (
         *all_ways(follow, "alpha", key="ArrowRight", pixels=60, typed=0.01),
-        *all_ways(follow, "n", key="ArrowLeft", pixels=-200, typed=5000, taken=1_000),
+        *all_ways(follow, "n", key="ArrowLeft", pixels=200, typed=500, taken=100),
     ):
         assert sum(len(t["x"]) for t in figure["data"] if t["name"].startswith(("longer", "neither"))) == 360
 
