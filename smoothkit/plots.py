@@ -128,7 +128,12 @@ def _checked_sigma(sigma: float) -> float:
 
 
 def _style_of(key: float | str, position: int) -> Style:
-    return _STYLES[position % len(_STYLES)] if isinstance(key, str) else sigma_style(key)
+    """A sigma's own look, or that of the name at this position: where colours come again, lines and markers differ."""
+    if not isinstance(key, str):
+        return sigma_style(key)
+    again, place = divmod(position, len(_STYLES))
+    other = _STYLES[(place + 3 * again) % len(_STYLES)]
+    return dataclasses.replace(_STYLES[place], dash=other.dash, symbol=other.symbol)
 
 
 # --- certified accuracy ------------------------------------------------------------------------------

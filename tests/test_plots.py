@@ -34,6 +34,12 @@ def test_a_sigma_has_one_colour_everywhere(small):
     assert plots.votes_figure([3, 1], ["a", "b"], 4, sigma=0.5).data[0].marker.color[0] == plots.sigma_colour(0.5)
 
 
+def test_many_names_have_many_looks(small):
+    fig = plots.certified_accuracy_curve({f"row {i}": small for i in range(16)})
+    looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in fig.data if t.name}
+    assert len(looks) == 16
+
+
 def test_usual_sigmas_differ_in_colour_dash_and_marker():
     styles = [plots.sigma_style(sigma) for sigma in (0, 0.12, 0.25, 0.5, 1.0)]
     for what in ("colour", "dash", "symbol"):
