@@ -101,6 +101,9 @@ def curve_figure(
 def curve_frames(counts: Mapping[float | str, Counts], *, n: int, alphas: Sequence[float] = ALPHAS) -> go.Figure:
     """The same figure with a slider over alpha that lives on in a page without Python."""
 
+    if not alphas:
+        raise ValueError("alphas must hold at least one failure probability")
+
     def at(alpha: float) -> go.Figure:
         tables = {key: certificate_table(c, alpha=alpha, n=n) for key, c in counts.items()}
         return curve_figure(tables, alpha=alpha, n=n)

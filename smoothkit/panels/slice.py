@@ -7,7 +7,8 @@ estimation apart.
 
 import dataclasses
 import html
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import ipywidgets as widgets
 import numpy as np
@@ -192,22 +193,27 @@ def sample_plane(
     seed: int,
     edges: Sequence[int] = EDGES,
     job: Job | None = None,
-) -> np.ndarray | None:
-    """Votes of noisy copies of every point, cumulative at the edges: int64 [edges, side * side, classes].
+) -> Iterator[np.ndarray]:
+    """Votes of noisy copies of every point, cumulative at the edges: all points to the first edge, then to the next.
 
-    None if the job was stopped before all points were done.
+    Yields
+    ------
+    int64 [edges so far, side * side, classes] after each edge, until the job is stopped.
     """
     stream = VoteStream(base_classifier, plane_points(plane, side), sigma=sigma, seed=seed, grid=None, compile=False)
-    blocks = list(zip((0, *edges[:-1]), edges, strict=True))
-    tasks = [Task(i, Purpose.PILOT, start, stop) for i in range(side * side) for start, stop in blocks]
-    counts = np.zeros((len(edges), side * side, stream.num_classes), dtype=np.int64)
-    for done, (task, votes, _) in enumerate(stream.run(tasks), start=1):
-        counts[edges.index(task.stop), task.image] = votes
-        if job is not None:
-            if job.stopped:
-                return None
-            job.progress(done / len(tasks), f"{side}x{side} points")
-    return counts.cumsum(axis=0)
+    counts = np.zeros((0, side * side, stream.num_classes), dtype=np.int64)
+    for start, stop in itertools.pairwise((0, *edges)):
+        block = np.zeros((1, *counts.shape[1:]), dtype=np.int64)
+        tasks = [Task(i, Purpose.PILOT, start, stop) for i in range(side * side)]
+        for done, (task, votes, _) in enumerate(stream.run(tasks), start=1):
+            block[0, task.image] = votes
+            if job is not None:
+                if job.stopped:
+                    return
+                share = (start + (stop - start) * done / len(tasks)) / edges[-1]
+                job.progress(share, f"{side}x{side} points, n = {stop}")
+        counts = np.concatenate([counts, block + counts[-1:].sum(axis=0)])
+        yield counts
 
 
 def decide(counts: np.ndarray, alpha: float) -> np.ndarray:
@@ -461,10 +467,13 @@ class SlicePanel(Panel):
             centre = centre_votes(self.base_classifier, self.images, image, **how)
             kept = _Sampled(plane, base_regions(self.base_classifier, plane, BASE_SIDE), *centre, {})
             self._keep(key, kept)
-        if side not in kept.counts and not job.stopped:
-            counts = sample_plane(self.base_classifier, kept.plane, side, sigma=sigma, seed=seed, job=job)
-            if counts is not None:
-                kept.counts[side] = counts
+        have = kept.counts.get(side, ())
+        if len(have) < len(EDGES) and not job.stopped:
+            # what was stopped is counted again: the same votes, and the picture gets no coarser
+            for counts in sample_plane(self.base_classifier, kept.plane, side, sigma=sigma, seed=seed, job=job):
+                if len(counts) > len(have):
+                    kept.counts[side] = counts
+                    self.refresh()
         self.refresh()
 
     def _keep(self, key: tuple, sampled: _Sampled) -> None:
@@ -489,21 +498,23 @@ class SlicePanel(Panel):
             noise="float" if self.images.grid is None else f"grid:{self.images.grid}",
         )  # fmt: skip
         smoothed = shares = None
-        if kept.counts:
-            side = max(kept.counts)
-            counts = kept.counts[side][edge]
+        side, votes = max(kept.counts, default=0), 0
+        if side:
+            edge = min(edge, len(kept.counts[side]) - 1)  # while sampling goes on, the points have fewer than the image
+            counts, votes = kept.counts[side][edge], EDGES[edge]
             smoothed = decide(counts, self.alpha).reshape(side, side)
-            shares = (counts.max(axis=1) / self.n).reshape(side, side)
+            shares = (counts.max(axis=1) / votes).reshape(side, side)
         fig = slice_figure(
             kept.plane, kept.base, smoothed, shares=shares, certificate=certificate, class_names=names, title=about
         )
-        fig.layout.meta = self._meta(side=max(kept.counts, default=0), radius=certificate.radius)
-        return fig, note(self._sentence(kept, smoothed, certificate))
+        fig.layout.meta = self._meta(side=side, votes=votes, radius=certificate.radius)
+        so_far = f" The points have {votes} votes each so far." if 0 < votes < self.n else ""
+        return fig, note(self._sentence(kept, smoothed, certificate) + so_far)
 
-    def _meta(self, *, side: int = 0, radius: float = 0.0) -> dict:
-        """What the figure was made with; `side` is 0 while votes are awaited."""
+    def _meta(self, *, side: int = 0, votes: int = 0, radius: float = 0.0) -> dict:
+        """What the figure was made with: points a side and votes a point, both 0 while the first are awaited."""
         chosen = {name: getattr(self, name) for name in ("image", "direction", "sigma", "alpha", "n")}
-        return {**chosen, "side": side, "radius": radius}
+        return {**chosen, "side": side, "votes": votes, "radius": radius}
 
     def _sentence(self, kept: _Sampled, smoothed: np.ndarray | None, certificate: Certificate) -> str:
         said = html.escape(certificate.sentence())

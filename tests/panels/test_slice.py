@@ -95,10 +95,11 @@ def test_decisions_are_those_of_predict():
 
 def test_votes_are_kept_in_blocks(patches, half_space):
     plane = plane_at(patches)
-    counts = sample_plane(half_space, plane, 3, sigma=0.25, seed=0)
+    *growing, counts = sample_plane(half_space, plane, 3, sigma=0.25, seed=0)
     assert counts.shape == (len(EDGES), 9, 2) and (counts.sum(axis=2) == np.array(EDGES)[:, None]).all()
-    first = sample_plane(half_space, plane, 3, sigma=0.25, seed=0, edges=EDGES[:1])
-    assert np.array_equal(first[0], counts[0])
+    assert [len(c) for c in growing] == [1, 2] and all(np.array_equal(c, counts[: len(c)]) for c in growing)
+    (first,) = sample_plane(half_space, plane, 3, sigma=0.25, seed=0, edges=EDGES[:1])
+    assert np.array_equal(first, growing[0])
     selection, estimation = centre_votes(half_space, patches, 5, sigma=0.25, seed=0)
     assert selection.n == 100 and [e.n for e in estimation] == list(EDGES)
 
@@ -163,18 +164,42 @@ def test_planes_are_remembered_and_others_asked_for(patches, half_space, monkeyp
     assert any(t.name == "the attack’s path" for t in panel.figure.data)
 
 
-def test_a_stopped_refinement_leaves_the_coarse_picture(patches, half_space, monkeypatch):
+def test_the_picture_appears_with_the_first_votes_and_a_stop_keeps_them(patches, half_space, monkeypatch):
     panel = SlicePanel(half_space, patches, direction="random")
     panel.settle()
+    assert panel.figure.layout.meta["votes"] == 100 and "so far" not in panel.words
+    seen, refresh = [], panel.refresh
 
+    def stop_after_the_first(change=None):
+        refresh(change)
+        seen.append((panel.figure.layout.meta["side"], panel.figure.layout.meta["votes"]))
+        if seen[-1] == (9, EDGES[0]):
+            panel.job.stop()
+
+    monkeypatch.setattr(slices, "FINE", 9)
+    monkeypatch.setattr(panel, "refresh", stop_after_the_first)
+    panel.refine()
+    panel.settle()
+    assert seen[-1] == (9, EDGES[0]) and "20 votes each so far" in panel.words and not panel.error
+    monkeypatch.setattr(panel, "refresh", refresh)
+    panel.refine()  # goes on to the end, and to what would have been there without the stop
+    panel.settle()
+    kept = panel._kept[panel._key()]
+    *_, whole = sample_plane(half_space, kept.plane, 9, sigma=panel.sigma, seed=panel.seed)
+    assert np.array_equal(kept.counts[9], whole) and panel.figure.layout.meta["votes"] == 100
+
+
+def test_a_refinement_stopped_at_once_leaves_the_coarse_picture(patches, half_space, monkeypatch):
     class Stopped:
         stopped = True
 
         def progress(self, *_):
             raise AssertionError("nothing to tell after a stop")
 
-    assert sample_plane(half_space, plane_at(patches), 3, sigma=0.25, seed=0, job=Stopped()) is None
-    monkeypatch.setattr(slices, "sample_plane", lambda *args, **how: None)
+    assert list(sample_plane(half_space, plane_at(patches), 3, sigma=0.25, seed=0, job=Stopped())) == []
+    panel = SlicePanel(half_space, patches, direction="random")
+    panel.settle()
+    monkeypatch.setattr(slices, "sample_plane", lambda *args, **how: iter(()))
     panel.refine()
     panel.settle()
     assert panel.figure.layout.meta["side"] == COARSE and not panel.error
