@@ -9,7 +9,7 @@ DDPMs (Ho et al. 2020) of training images on [-1, 1]: a UNet2DModel with noise p
 steps, and an average of the weights, which is what is kept, rounded to half precision. Validation images are only looked
 at, test images only for the card. Seeded: the same versions on the same kind of processor give the same file. A checkpoint
 is kept in runs/diffusion, where an interrupted training goes on. On one free core the digits take some ten minutes
-(0.17 s a step) and cifar10-ddpm some four; cifar10-ddpm-large has not been run. CIFAR-10 is found by SMOOTHKIT_DATA.
+(0.17 s a step) and cifar10-ddpm half an hour (0.65 s); cifar10-ddpm-large has not been run. CIFAR-10 is found by SMOOTHKIT_DATA.
 """
 
 import argparse
