@@ -31,7 +31,7 @@ TIMES = HERE / "benchmarks" / "workbook-digits.json"
 FIGURE = HERE / "figures" / "certified-accuracy-digits.svg"
 RECORDS = [f"digits-vit-{sigma}-sigma-{sigma}" for sigma in ("0.12", "0.25", "0.50")]
 BENCHMARKS = (
-    "overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls",
+    "overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls", "panels",
 )  # fmt: skip
 # notebook -> level and the question it answers
 NOTEBOOKS = {
