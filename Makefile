@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test test-browser lab figures records starters lock audits faults coverage fuzz scale readme lint format clean help
+.PHONY: run test test-browser lab figures records starters lock audits faults coverage fuzz scale versions readme lint format clean help
 
 run: $(READY)
 	$(BIN)/smoothkit run $(NOTEBOOKS) --preset $(PRESET) --jobs $(JOBS)
@@ -50,6 +50,9 @@ fuzz: $(READY)
 scale: $(READY)
 	$(BIN)/python tests/trust/simulate_scale.py
 
+versions: $(READY)  # needs uv, and room for a second environment in runs/lowest
+	$(BIN)/python tests/trust/try_versions.py --workers $(WORKERS)
+
 readme: $(READY)
 	$(BIN)/python data/make_readme.py
 
@@ -77,6 +80,7 @@ help:
 	@echo "make lock                           requirements.lock: one set of versions for reproducible installs"
 	@echo "make audits                         check every committed record, votes drawn again"
 	@echo "make faults, coverage, fuzz, scale  break it on purpose: results in data/trust, ten minutes each at most"
+	@echo "make versions                       all tests with the lowest versions allowed and with yours: data/trust (an hour; needs uv)"
 	@echo "make readme                         numbers and figure of the READMEs from records"
 	@echo "make lint, make format, make clean"
 

@@ -70,6 +70,8 @@ class PGD:
 
     def __post_init__(self) -> None:
         _check_budget(self.epsilon, self.steps)
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be above 0, or None for 2 epsilon / steps, got {self.step_size}")
 
     def __call__(
         self,
@@ -157,6 +159,7 @@ class DDN:
 
 def into_ball(images: Tensor, attacked: Tensor, epsilon: float) -> Tensor:
     """The points moved into [0, 1] and then towards `images` until within L2 distance `epsilon` (in float32)."""
+    _check_budget(epsilon)
     delta = attacked.clamp(0, 1) - images
     shrink = (epsilon / norms(delta).clamp_min(1e-12)).clamp_max(1)
     return (images + delta * _per_image(shrink, delta)).clamp(0, 1)
@@ -202,7 +205,7 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (images.ndim - 1))
 
 
-def _check_budget(epsilon: float, steps: int) -> None:
+def _check_budget(epsilon: float, steps: int = 1) -> None:
     if not (epsilon >= 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be at least 0, an L2 distance in pixel units on [0, 1], got {epsilon}")
     if steps < 1:

@@ -45,6 +45,12 @@ class NoiseForm:
     grid: int | None
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        if self.grid is not None and not (isinstance(self.grid, int | np.integer) and 1 <= self.grid < 2**24):
+            raise ValueError(
+                f"grid must be a number of steps in 1..{2**24 - 1:,}, or None for float noise, got {self.grid!r}"
+            )
+
     def __str__(self) -> str:
         return "float" if self.grid is None else f"{'exact-' if self.exact else ''}grid:{self.grid}"
 

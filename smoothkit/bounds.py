@@ -97,6 +97,9 @@ def _by_distinct_counts(bound, k: np.ndarray, n: int, alpha: float) -> np.ndarra
     return table[k]
 
 
+MOST_OF_A_TABLE = 10_000_000  # half a minute, and 80 MB
+
+
 @functools.lru_cache(maxsize=8)
 def lower_bound_table(n: int, alpha: float) -> np.ndarray:
     """`clopper_pearson_lower` of every count, for look-up where the counts are: `table[n_a]`.
@@ -109,6 +112,8 @@ def lower_bound_table(n: int, alpha: float) -> np.ndarray:
     float64 array [n + 1]
     """
     check_samples("n", n)
+    if n > MOST_OF_A_TABLE:
+        raise ValueError(f"a table of {n:,} counts takes too long; bound the counts at hand with clopper_pearson_lower")
     return _read_only(clopper_pearson_lower(np.arange(n + 1), n, alpha))
 
 
@@ -144,6 +149,10 @@ def two_class_radius(p_a_lower: float, p_b_upper: float, sigma: float) -> float:
     The full form of Cohen et al. 2019, Theorem 1. alpha must have been split between the two bounds.
     """
     check_sigma(sigma)
+    if not (0 <= p_a_lower < 1 and 0 < p_b_upper <= 1):
+        raise ValueError(
+            f"p_a_lower must lie in [0, 1) and p_b_upper in (0, 1], as no samples prove more, got {p_a_lower} and {p_b_upper}"
+        )
     exact = sigma / 2 * float(special.ndtri(p_a_lower) - special.ndtri(p_b_upper))
     return max(0.0, math.nextafter(exact * (1 - OUTWARD), 0.0)) if exact > 0 else 0.0
 
@@ -239,7 +248,8 @@ def kt_boundaries(looks: np.ndarray, p_r: float, alpha: float, beta: float) -> t
     """
     check_alpha(alpha)
     check_alpha(beta)
-    looks = np.asarray(looks, dtype=np.int64)
+    _check_p_r(p_r)
+    looks = _checked_looks(looks)
     up = _smallest(looks, lambda h: log_wealth_above(h, looks, p_r) >= -math.log(alpha) + WEALTH_MARGIN)
     down = looks - _smallest(
         looks, lambda misses: log_wealth_below(looks - misses, looks, p_r) >= -math.log(beta) + WEALTH_MARGIN
@@ -314,8 +324,28 @@ def _kt_lower(h: np.ndarray, t: np.ndarray, alpha: float) -> np.ndarray:
 def clopper_pearson_count(n: np.ndarray | int, p_r: float, alpha: float) -> np.ndarray:
     """The fewest successes in n that put the Clopper-Pearson lower bound above p_r; n + 1 if none do."""
     check_alpha(alpha)
-    n = np.asarray(n, dtype=np.int64)
+    _check_p_r(p_r)
+    n = _checked_samples(n)
     return _smallest(n, lambda k: stats.binom.sf(k - 1, n, p_r) < alpha * (1 - 1e-9))
+
+
+def _check_p_r(p_r: float) -> None:
+    if not 0 < p_r < 1:
+        raise ValueError(f"p_r must lie in (0, 1), got {p_r}")
+
+
+def _checked_samples(n: np.ndarray | int) -> np.ndarray:
+    n = np.asarray(n)
+    if n.size and not (np.issubdtype(n.dtype, np.integer) and n.min() >= 1 and n.max() < 2**31):
+        raise ValueError(f"numbers of samples must be whole and lie in 1..{2**31 - 1:,}, got {n.tolist()}")
+    return n.astype(np.int64)
+
+
+def _checked_looks(looks: np.ndarray) -> np.ndarray:
+    looks = _checked_samples(looks)
+    if looks.ndim != 1 or (np.diff(looks) <= 0).any():
+        raise ValueError(f"looks must be increasing numbers of samples, got {looks.tolist()}")
+    return looks
 
 
 def _smallest(n: np.ndarray, proves) -> np.ndarray:
@@ -328,6 +358,9 @@ def _smallest(n: np.ndarray, proves) -> np.ndarray:
     return high
 
 
+MOST_BETWEEN_LOOKS = 10_000_000  # of `decision_probabilities`: each takes a float or two
+
+
 def decision_probabilities(looks: np.ndarray, up: np.ndarray, down: np.ndarray, p: float) -> dict[str, float]:
     """Exact chances that a test with boundaries ends one way or the other, when draws succeed with probability p.
 
@@ -338,10 +371,23 @@ def decision_probabilities(looks: np.ndarray, up: np.ndarray, down: np.ndarray, 
     -------
     dict with `certified`, `rejected`, `undecided` (at the last look) and `draws`, the mean number of draws.
     """
+    looks, up, down = _checked_looks(looks), np.asarray(up), np.asarray(down)
+    if not up.shape == down.shape == looks.shape:
+        raise ValueError(
+            f"up and down must have a value for each of {len(looks)} looks, got {up.shape} and {down.shape}"
+        )
+    if (up <= down).any():
+        raise ValueError(f"up must lie above down at every look, got {up.tolist()} and {down.tolist()}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], got {p}")
+    if np.diff(looks, prepend=0).max(initial=0) > MOST_BETWEEN_LOOKS:
+        raise ValueError(
+            f"looks must be at most {MOST_BETWEEN_LOOKS:,} samples apart to be computed exactly, got {looks.tolist()}"
+        )
     alive, lowest = np.ones(1), 0  # alive[i]: chance of lowest + i successes so far, undecided
     certified = rejected = draws = 0.0
     previous = 0
-    for look, high, low in zip(np.asarray(looks), np.asarray(up), np.asarray(down), strict=True):
+    for look, high, low in zip(looks, up, down, strict=True):
         step = int(look - previous)
         draws += step * alive.sum()
         alive = np.convolve(alive, stats.binom.pmf(np.arange(step + 1), step, p))

@@ -6,6 +6,7 @@ fixed before the records were made.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,15 @@ from smoothkit.data import data_dir
 from smoothkit.records import open_record
 from smoothkit.report import cohen_tables
 from smoothkit.rows import open_table, read_certificates
+from smoothkit.types import check_alpha
 
 LEVEL = 0.95
 COLUMNS = ("system", "claim", "experiment", "data", "margin", "measured", "interval", "holds")
 COHEN = "Gaussian smoothing (Cohen et al. 2019)"
+
+
+class ClaimError(ValueError):
+    """A claim that cannot be read; the message says which and what would do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +65,61 @@ def _all() -> Iterator[Claim]:
 
 
 def _of_file(table: str | None = None) -> Iterator[Claim]:
-    for group in yaml.safe_load((data_dir() / "claims.yaml").read_text(encoding="utf-8")):
+    yield from read_claims(data_dir() / "claims.yaml", table)
+
+
+def read_claims(path: str | Path, table: str | None = None) -> Iterator[Claim]:
+    """The claims of a YAML file laid out as data/claims.yaml, measured; with `table` those on that table only.
+
+    Raises
+    ------
+    ClaimError
+        For a file that is none, or a claim that lacks something; it names the claim.
+    RowError, RecordError
+        For a table, row or record that cannot be read.
+    """
+    path = Path(path)
+    try:
+        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ClaimError(f"{path.name} is no YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(groups, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("claims"), list) for g in groups
+    ):
+        raise ClaimError(f"{path.name} must list groups, each with system, source and a list of claims")
+    for group in groups:
+        system = f"{group.get('system', 'no system')}, {group.get('source', 'no source')}"
         for claim in group["claims"]:
+            _check_claim(path.name, claim)
             tables = {name: sigmas for name, sigmas in claim["tables"].items() if table in (None, name)}
-            yield from _of_rows(f"{group['system']}, {group['source']}", claim | {"tables": tables})
+            yield from _of_rows(system, claim | {"tables": tables})
+
+
+def _check_claim(file: str, claim: Any) -> None:
+    """Refuse a claim that does not say what is measured, where, and against what."""
+    if not isinstance(claim, dict) or not isinstance(claim.get("claim"), str):
+        raise ClaimError(f"{file}: a claim must map settings to values, `claim` (its words) among them; got {claim!r}")
+    where = f"{file}, {claim['claim']!r}: "
+    sides = [claim[kind] for kind in ("more", "alike", "least") if kind in claim]
+    names = [sides[0]] if sides and isinstance(sides[0], str) else sides[0] if sides else None
+    wanted = 1 if "least" in claim else 2
+    if (
+        len(sides) != 1
+        or not isinstance(names, list)
+        or len(names) != wanted
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise ClaimError(f"{where}give one of more: [ROW, ROW], alike: [ROW, ROW] and least: ROW")
+    tables = claim.get("tables")
+    if not isinstance(tables, dict) or not all(isinstance(s, list) for s in tables.values()):
+        raise ClaimError(f"{where}tables must map a table's name to a list of sigmas, got {tables!r}")
+    values = {"radius": [claim.get("radius", 0.25)], "margin": [claim.get("margin", 0.0)]}
+    for name, given in (values | {"sigma": [s for sigmas in tables.values() for s in sigmas]}).items():
+        for value in given:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ClaimError(f"{where}{name} must be a finite number, got {value!r}")
+    if values["radius"][0] < 0:
+        raise ClaimError(f"{where}radius must be at least 0, got {values['radius'][0]}")
 
 
 # --- rows of tables ----------------------------------------------------------------------------------
@@ -75,12 +132,15 @@ def _of_rows(system: str, claim: dict[str, Any]) -> Iterator[Claim]:
     for table, sigmas in claim["tables"].items():
         rows, folder = open_table(table)
         for sigma in sigmas:
-            filled = [name.format(sigma=f"{sigma:.2f}") for name in names]
+            filled = [name.replace("{sigma}", f"{sigma:.2f}") for name in names]
             words = f"{claim['claim']}, at radius {radius:g} (sigma {sigma:g})"
             experiment = f"{folder.name}: {' - '.join(filled)}"
             shown = f"within {margin:g}" if "alike" in claim else f"{margin:+g}"
             known = dict(system=system, claim=words, experiment=experiment, margin=shown)
             parts = [part for name in filled for part in _parts(name)[1]]
+            unknown = [part for part in parts if part not in rows]
+            if unknown or not parts:
+                raise ClaimError(f"{claim['claim']!r}: {table} has no row {(unknown or filled)[0]!r}")
             missing = [part for part in parts if not (folder / part).is_dir()]
             data = rows[parts[0]].data
             if missing:
@@ -237,6 +297,11 @@ def paired_difference_interval(gained: int, lost: int, n: int, level: float = LE
     Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", Statistics
     in Medicine 24, 2005: half an observation is added to each of the four cells.
     """
+    check_alpha(1 - level)
+    if min(gained, lost) < 0 or gained + lost > n or n < 1:
+        raise ValueError(
+            f"gained and lost must be at least 0 and at most n images together, got {gained}, {lost} of {n}"
+        )
     z = stats.norm.ppf((1 + level) / 2)
     b, c, total = gained + 0.5, lost + 0.5, n + 2
     difference = (b - c) / total

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from smoothkit.noise import content_digest, image_id, off_grid
 
 SOURCES = ("digits", "cifar10", "tiny-imagenet-32", "imagenet", "folder:PATH", "parquet:PATH")
 UNLABELLED = -1
+LARGEST = 20_000  # pixels of a side
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -494,9 +496,11 @@ def _same_size(read: Callable[[int], Tensor], dataset: str) -> Callable[[int], T
 
 
 def _decode(encoded: bytes, *, size: int | None, mode: str, name: str) -> Tensor:
+    if size is not None and not 1 <= size <= LARGEST:
+        raise ValueError(f"size must lie in 1..{LARGEST:,} pixels, got {size}")
     try:
         picture = Image.open(io.BytesIO(encoded)).convert(mode)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not a picture that Pillow can read ({error})") from None
     return _to_tensor(picture if size is None else _resize_and_crop(picture, size))
 

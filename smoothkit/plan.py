@@ -176,7 +176,7 @@ def known_rate(model: str, folder: Path | None = None) -> tuple[float | None, st
     found = []
     for path in (*sorted(folder.glob("overhead*.json")), *sorted(folder.glob("rates*.json"))):
         about = json.loads(path.read_text())
-        for row in about["rows"]:
+        for row in _rates(path, about):
             if row["network"] == name or name.startswith(f"{row['network']}-"):
                 found.append((about["device"] != "cpu", 1e6 / row["engine us"], row, about))
     if not found:
@@ -187,6 +187,21 @@ def known_rate(model: str, folder: Path | None = None) -> tuple[float | None, st
         rate,
         f"speed of {row['network']}, {row['precision']}, {row['road']}, measured on {where}: {rate:,.0f} noisy copies a second",
     )
+
+
+def _rates(path: Path, about: Any) -> list[dict[str, Any]]:
+    """The rows of a benchmark of speeds, if it is one."""
+    rows = about.get("rows") if isinstance(about, dict) else None
+    wanted = {"network": str, "engine us": (int, float), "precision": str, "road": str}
+    good = isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in wanted.items()) and row["engine us"] > 0
+        for row in rows
+    )
+    if not good or not {"device", "processor"} <= about.keys():
+        raise ValueError(
+            f"{path} is no benchmark of speeds; restore it, or measure again with smoothkit bench overhead"
+        )
+    return rows
 
 
 def _early(dataset: str, n: int, alpha: float, notes: list[str]) -> list[tuple[float, float]]:

@@ -272,6 +272,8 @@ def radius_histogram(
     tables: pd.DataFrame | Tables, *, bins: int = 24, title: str = "How far the certificates reach"
 ) -> go.Figure:
     """How many inputs have which radius; wrong answers are hatched, and no answer has its own bar on the left."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     single = isinstance(tables, pd.DataFrame)
     tables = _checked_tables({"certificates": tables} if single else tables)
     top = max(float(table["radius"].max()) for table in tables.values()) or 0.1
@@ -380,6 +382,8 @@ def votes_trace(
     counts = np.asarray(counts, dtype=np.int64)
     if counts.ndim != 1 or len(class_names) != counts.size:
         raise ValueError(f"class_names must name the {counts.size} classes of counts, got {len(class_names)} names")
+    if (counts < 0).any() or most < 1:
+        raise ValueError(f"counts must be at least 0 and most at least 1, got {counts.tolist()} and {most}")
     if n < max(1, int(counts.sum())):
         raise ValueError(f"n must be at least 1 and at least the number of votes {int(counts.sum())}, got {n}")
     shown = _classes_to_show(counts, most)

@@ -215,6 +215,8 @@ def about_records(records: Sequence["Record"], alpha: float | None = None) -> st
 
     What the records share is said once; what differs stands with each record's name.
     """
+    if not records:
+        raise ReportError("records must hold at least one record")
     said = [_about(record, alpha) for record in records]
     shared = [text for text in said[0] if all(text in other for other in said)]
     own = []
@@ -408,6 +410,8 @@ KNOWN_MISPRINTS = (
 
 def cohen_log(root: str | Path, dataset: str, *, trained: float, sigma: float, split: str = "test") -> Path:
     """Where the released logs of Cohen et al. keep the certification of a model trained with one sigma at another."""
+    if dataset not in _COHEN_MODEL:
+        raise ReportError(f"dataset must be one of {', '.join(_COHEN_MODEL)}, got {dataset!r}")
     model = _COHEN_MODEL[dataset]
     return Path(root) / "certify" / dataset / model / f"noise_{trained:.2f}" / split / f"sigma_{sigma:.2f}"
 

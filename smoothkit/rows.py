@@ -19,8 +19,6 @@ import math
 import os
 import platform
 import re
-import types
-import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,7 +34,7 @@ from smoothkit.logs import round_down
 from smoothkit.records import PER_IMAGE, Record, RecordError, compact, open_record
 from smoothkit.report import average_certified_radius, certified_accuracy
 from smoothkit.sigma.sound import read_sound
-from smoothkit.types import check_alpha, check_sigma
+from smoothkit.types import check_alpha, check_keywords, check_sigma, check_type
 
 if TYPE_CHECKING:
     from smoothkit.data import Images
@@ -56,6 +54,7 @@ _SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
 HELD_OUT = "held-out"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast where libyaml is there
 OF_ROW, RANDOM = "row:", "random:"  # in front of a base: another row's classifier; an architecture with new weights
+_OF_CARD = {"row": dict, "trained": int, "parameters": int, "steps": int, "seconds": float, "queries": int}
 _CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images", "search", "selector")  # say nothing about how it is trained
 
 
@@ -128,10 +127,11 @@ class Row:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, field.type, getattr(self, field.name))
+            check_type(field.name, field.type, getattr(self, field.name))
         object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "title", self.title or self.name)
         if "members" in self.adapter:  # as a card's JSON has them
+            check_type("members", dict, self.adapter["members"])
             members = {f"{float(sigma):g}": str(name) for sigma, name in self.adapter["members"].items()}
             object.__setattr__(self, "adapter", self.adapter | {"members": members})
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", self.name):
@@ -207,17 +207,22 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise RowError(f"{path.name} must map `rows` to a list of rows (and may have `title` and `defaults`)")
     _check_keys(f"{path.name}: ", content, ("title", "defaults", "variants", "rows"))
-    variants = content.get("variants") or {}
+    defaults, variants = content.get("defaults") or {}, content.get("variants") or {}
+    for name, settings in (("defaults", defaults), ("variants", variants)):
+        if not isinstance(settings, dict):
+            raise RowError(f"{path.name}: {name} must map settings to values, got {settings!r}")
     if variant is not None:
         _check_one_of(f"{path.name}: variant", variant, list(variants))
+        if not isinstance(variants[variant], dict):
+            raise RowError(f"{path.name}: variant {variant} must map settings to values, got {variants[variant]!r}")
     rows = []
     for number, settings in enumerate(content["rows"], start=1):
-        if not isinstance(settings, dict) or "name" not in settings:
+        if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
             raise RowError(
-                f"{path.name}: row {number} must map settings to values, `name` among them; got {settings!r}"
+                f"{path.name}: row {number} must map settings to values, `name` (a text) among them; got {settings!r}"
             )
         where = f"{path.name}, row {settings['name']}: "
-        merged = {**(content.get("defaults") or {}), **settings, **variants.get(variant, {})}
+        merged = {**defaults, **settings, **variants.get(variant, {})}
         if merged.pop("random", False):
             merged = _with_random_weights(merged)
         _check_keys(where, merged, [f.name for f in dataclasses.fields(Row)])
@@ -245,10 +250,10 @@ def open_table(name: str) -> tuple[dict[str, Row], Path]:
     """
     from smoothkit.data import data_dir
 
-    table, _, variant = name.partition(":")
+    table, colon, variant = name.partition(":")
     known = sorted(path.stem for path in (data_dir() / "rows").glob("*.yaml"))
     _check_one_of("table", table, known)
-    rows = load_rows(data_dir() / "rows" / f"{table}.yaml", variant or None)
+    rows = load_rows(data_dir() / "rows" / f"{table}.yaml", variant if colon else None)
     return {row.name: row for row in rows}, data_dir() / "records" / "rows" / name.replace(":", "-")
 
 
@@ -268,6 +273,9 @@ def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
     for key, form, words in (("sigma", "{:.2f}", ""), ("seed", "seed{}", ", seed {}")):
         values = settings.get(key)
         if isinstance(values, list):
+            for value in values:
+                check_type(key, Row.__dataclass_fields__[key].type, value)
+            check_type("title", str, settings.get("title", ""))
             spread = [
                 {
                     **(_filled(one, form.format(value)) if key == "sigma" else one),
@@ -319,11 +327,15 @@ def _checked(row: Row) -> Row:
         if row.selector:
             check_selector(row.selector)
     _check_keys("spsa: ", row.spsa, [f.name for f in dataclasses.fields(SPSA)])
+    check_keywords("spsa", SPSA, row.spsa)
+    SPSA(**row.spsa)
     if row.method not in WITHOUT_ADAPTER:
         function = getattr(adapters, row.method)
         known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         more = {"coordinator": ["encoder"], "ensemble": ["members"]}.get(row.method, [])
         _check_keys(f"adapter ({row.method}): ", row.adapter, [k for k in known if k != "seed"] + more)
+        own = {k: v for k, v in row.adapter.items() if k not in more}
+        check_keywords(f"adapter ({row.method})", function, own)
     return row
 
 
@@ -343,22 +355,23 @@ def _loss(row: Row) -> Callable:
     from smoothkit import attacks
     from smoothkit.training import LOSSES as KNOWN
 
-    settings, known = dict(row.loss_settings), [f.name for f in dataclasses.fields(KNOWN[row.loss])]
-    if "attack" not in known:
-        _check_keys(f"loss_settings ({row.loss}): ", settings, known)
-        return KNOWN[row.loss](**settings)
-    attack = settings.pop("attack", "pgd" if row.loss == "smoothadv" else None)
+    settings, kind = dict(row.loss_settings), KNOWN[row.loss]
+    known, where = [f.name for f in dataclasses.fields(kind)], f"loss_settings ({row.loss})"
+    attack = settings.pop("attack", "pgd" if row.loss == "smoothadv" else None) if "attack" in known else None
     if attack is None:
-        _check_keys(f"loss_settings ({row.loss}): ", settings, known)
-        return KNOWN[row.loss](**settings)
+        _check_keys(f"{where}: ", settings, known)
+        check_keywords(where, kind, settings)
+        return kind(**settings)
     _check_one_of("attack", attack, ATTACKS)
     make = {"pgd": attacks.PGD, "ddn": attacks.DDN}[attack]
     budget = [f.name for f in dataclasses.fields(make)]
-    _check_keys(f"loss_settings ({row.loss}): ", settings, [*known, *budget])
+    _check_keys(f"{where}: ", settings, [*known, *budget])
     if "epsilon" not in settings:
-        raise RowError(f"loss_settings ({row.loss}): an attack needs epsilon, its L2 radius in pixel units")
+        raise RowError(f"{where}: an attack needs epsilon, its L2 radius in pixel units")
     of_attack = {k: settings.pop(k) for k in budget if k in settings}
-    return KNOWN[row.loss](attack=make(**of_attack), **settings)
+    check_keywords(where, make, of_attack)
+    check_keywords(where, kind, settings)
+    return kind(attack=make(**of_attack), **settings)
 
 
 def _check_keys(where: str, settings: dict, known: Sequence[str]) -> None:
@@ -374,20 +387,6 @@ def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
         raise RowError(f"{name} {value!r} is unknown; {hint}")
-
-
-def _check_type(name: str, wanted: Any, value: Any) -> None:
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    allowed = tuple(int if t is int else (int, float) if t is float else t for t in options)
-    flat = tuple(t for a in allowed for t in (a if isinstance(a, tuple) else (a,)))
-    if (isinstance(value, bool) and bool not in flat) or not isinstance(value, flat):
-        words = " or ".join("nothing" if t is type(None) else t.__name__ for t in options)
-        hint = ""
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
-            hint = f"; YAML reads {value} as text, write {float(value)!r}"
-        raise RowError(f"{name} must be {words}, got {value!r}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RowError(f"{name} must be finite, got {value}")
 
 
 # --- making ----------------------------------------------------------------------------------------
@@ -727,6 +726,7 @@ def load_classifier(rows: dict[str, Row], folder: str | Path, name: str) -> "Bas
     """
     from smoothkit import adapters, models
 
+    _check_one_of("row", name, list(rows))
     row, stored = rows[name], Path(folder) / name / CLASSIFIER
     if row.method == "clean":
         return load_base(rows, folder, row)
@@ -773,10 +773,15 @@ def read_card(folder: str | Path) -> tuple[Row, dict[str, Any]]:
     path = Path(folder) / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
+        check_type("the card", dict, card)
+        for name, kind in _OF_CARD.items():
+            if name in card or name != "queries":
+                check_type(name, kind, card[name])
+        check_keywords("row", Row, card["row"])
         return Row(**card["row"]), card
     except FileNotFoundError:
         raise RowError(f"{path.parent.name}: no {CARD}; make the row again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RowError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RowError(f"{path.parent.name}: {CARD} cannot be read ({error}); make the row again") from None
 
 
@@ -995,6 +1000,11 @@ def paired_bootstrap(
     Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, Chapter 13.
     """
     check_alpha(1 - level)
+    if not len(table) or draws < 1 or seed < 0 or not all(math.isfinite(r) for r in radii):
+        raise ValueError(
+            f"a comparison needs images, finite radii, draws of at least 1 and a seed of at least 0, got {len(table)} images, "
+            f"radii {list(radii)}, draws {draws} and seed {seed}"
+        )
     mine, theirs = _per_image(table, radii), _per_image(reference, radii)
     if not mine.index.equals(theirs.index):
         raise ValueError("the two tables are not of the same images; a paired comparison needs that")

@@ -2,6 +2,12 @@
 
 import dataclasses
 import html
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -79,6 +85,7 @@ RULE_KINDS = ("fixed", "hybrid", "kt", "staged", "radius")
 
 def block_edges(n: int) -> list[int]:
     """The fixed grid of blocks up to n: 0, 100, 1,000, 10,000, 20,000, ... and n itself."""
+    check_samples("n", n)
     edges = [0, 100, 1_000, *range(10_000, n, 10_000)]
     return [e for e in edges if e < n] + [n]
 
@@ -195,22 +202,65 @@ def floor_to(radius: float, digits: int) -> float:
 # --- checks of arguments, shared by all who take them ------------------------------------------------
 
 
+def check_type(name: str, wanted: typing.Any, value: typing.Any) -> None:
+    """Whether a value read from YAML or JSON is of a type as annotations have it; a list will do for a tuple.
+
+    Raises
+    ------
+    ValueError
+        Also for a number that is not finite.
+    """
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    plain = [typing.get_origin(t) or t for t in options]
+    also = {float: int, tuple: list}
+    allowed = (*plain, *(also[t] for t in plain if t in also))
+    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, allowed):
+        words = " or ".join("nothing" if t is type(None) else t.__name__ for t in plain)
+        hint = ""
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
+            hint = f"; YAML reads {value} as text, write {float(value)!r}"
+        raise ValueError(f"{name} must be {words}, got {value!r}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must lie below 2**63, got {value}")
+
+
+def check_keywords(what: str, function: Callable, settings: dict, *, leave_out: Iterable[str] = ()) -> None:
+    """Whether settings read from a file can be the keyword arguments of a function or dataclass, by name and type.
+
+    Raises
+    ------
+    ValueError
+        Names the setting and what there is.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError(f"{what} must map settings to values, got {settings!r}")
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind in kinds and p.name not in set(leave_out)}
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{what}: unknown key {name!r}; there are {', '.join(known)}")
+        check_type(f"{what}: {name}", known[name].annotation, value)
+
+
 def check_alpha(alpha: float | None, name: str = "alpha") -> None:
     if not (isinstance(alpha, (int, float, np.floating)) and 0 < alpha < 1):
         hint = f"; did you mean {1 - alpha / 100:g}?" if isinstance(alpha, (int, float)) and 1 < alpha < 100 else ""
         raise ValueError(f"{name} must lie in (0, 1), got {alpha!r}{hint}")
 
 
-def check_sigma(sigma: float) -> None:
-    if not (isinstance(sigma, (int, float, np.floating)) and np.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma must be a finite number above 0 (pixel units on [0, 1]), got {sigma!r}")
+def check_sigma(sigma: float, name: str = "sigma") -> None:
+    if not (isinstance(sigma, (int, float, np.floating)) and 0 < sigma < math.inf):
+        raise ValueError(f"{name} must be a finite number above 0 (pixel units on [0, 1]), got {sigma!r}")
     if sigma > 20:
-        raise ValueError(f"sigma must be in pixel units on [0, 1], got {sigma!r}; did you mean {sigma / 255:.3g}?")
+        raise ValueError(f"{name} must be in pixel units on [0, 1], got {sigma!r}; did you mean {sigma / 255:.3g}?")
 
 
 def check_within(within: float | None) -> None:
     number = isinstance(within, (int, float, np.floating)) and not isinstance(within, bool)
-    if not (number and np.isfinite(within) and within > 0):
+    if not (number and 0 < within < math.inf):
         raise ValueError(f"within must be a finite number above 0 (pixel units, as sigma), got {within!r}")
 
 

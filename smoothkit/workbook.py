@@ -108,7 +108,10 @@ def _preset_names(source: Path | None) -> list[str]:
 
 def _read_preset(name: str, source: Path | None) -> dict:
     path = (source or notebooks_dir()) / "presets" / f"{name}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset {name!r} is no YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise ValueError(f"preset {name!r} must map notebooks to parameters, got {type(content).__name__}")
     return content

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoothkit.models import BaseClassifier
+from smoothkit.types import check_keywords, check_sigma, check_type
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 HEADS = ("trained", "frozen")
@@ -204,6 +205,11 @@ def head_name(network: nn.Module) -> str:
     )
 
 
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
 def prepare_head(network: nn.Module, head: str, num_classes: int | None) -> tuple[str, ...]:
     """Train the head, or leave it frozen, or put in a new one; returns the prefixes of what is now the adapter's.
 
@@ -215,6 +221,8 @@ def prepare_head(network: nn.Module, head: str, num_classes: int | None) -> tupl
         return ()
     name = head_name(network)
     if num_classes is not None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if head == "frozen":
             raise ValueError("a new head (num_classes=) starts at random and must be trained; give head='trained'")
         replace_module(network, name, nn.Linear(network.get_submodule(name).in_features, num_classes))
@@ -264,7 +272,33 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}; adapters are folders written by their save()")
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
+    check_type(f"{path}", dict, config)
+    check_type(f"{path}: kind", str, config.get("kind"))
+    if "sigmas" in config:  # one adapter a sigma, each in a folder of its own
+        check_type(f"{path}: sigmas", list, config["sigmas"])
+        for sigma in config["sigmas"]:
+            check_sigma(sigma)
+        return config
+    for name, kind in (("settings", dict), ("base", dict), ("class_names", list)):
+        check_type(f"{path}: {name}", kind, config.get(name))
+    for name in ("name", "fingerprint"):
+        check_type(f"{path}: base's {name}", str, config["base"].get(name))
+    return config
+
+
+def settings_of(config: dict, function: Callable, folder: str | Path, *, own: tuple[str, ...] = ()) -> dict:
+    """The settings of a saved adapter, once they are known to be keyword arguments of the function that makes it.
+
+    `own` are those that are not, but must be there.
+    """
+    settings = config["settings"]
+    missing = [name for name in ("head", *own) if name not in settings]
+    if missing:
+        raise ValueError(f"{Path(folder) / CONFIG}: settings lack {', '.join(missing)}; restore the folder from a copy")
+    keywords = {k: v for k, v in settings.items() if k not in own}
+    check_keywords(f"{Path(folder) / CONFIG}: settings", function, keywords, leave_out=("base", "class_names"))
+    return dict(settings)
 
 
 def check_base(config: dict, fingerprint: str, base: BaseClassifier, folder: str | Path) -> None:

@@ -13,6 +13,7 @@ Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", 
 images: Fu and Wang, "Certified PEFTSmoothing", 2024.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,8 +263,12 @@ def coordinator(
     """
     if not isinstance(box, BlackBox):
         box = BlackBox(box, returns=returns, model_id=model_id)
-    if not strength > 0:
+    if not 0 < strength < math.inf:
         raise ValueError(f"strength must be above 0, got {strength}")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape must be channels, height and width, each at least 1, got {image_shape}")
+    if cube < 1 or any(w < 1 for w in widths or ()):
+        raise ValueError(f"cube and widths must be at least 1, got {cube} and {widths}")
     if sees not in SEES:
         raise ValueError(f"sees must be one of {', '.join(SEES)}, got {sees!r}")
     base = encoder if isinstance(encoder, BaseClassifier) else BaseClassifier(encoder)
@@ -300,7 +305,9 @@ def load(
 ) -> Coordinator:
     """Read back what `save` wrote, in front of the same box and with the same encoder."""
     config = common.read_config(folder)
-    settings = {**config["settings"], "widths": config["settings"]["widths"] and tuple(config["settings"]["widths"])}
+    common.check_keywords(f"{folder}: settings", coordinator, config["settings"])
+    widths = config["settings"].get("widths")
+    settings = {**config["settings"], "widths": widths and tuple(widths)}
     made = coordinator(
         box, encoder, **settings, returns=returns, model_id=model_id, class_names=tuple(config["class_names"])
     )

@@ -105,6 +105,9 @@ def bottleneck(
         raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    common.check_dropout(dropout)
     copied = common.frozen_copy(base)
     network = copied.network
     blocks = plain_blocks(network, "bottleneck adapters")
@@ -127,8 +130,9 @@ def bottleneck(
 def load(folder: str | Path, base: BaseClassifier) -> common.Adapted:
     """Read back what `save` wrote, on the base it was made for."""
     config = common.read_config(folder)
-    common.check_base(config, common.base_identity(base, config["settings"]["head"]), base, folder)
-    model = bottleneck(base, **config["settings"], class_names=tuple(config["class_names"]))
+    settings = common.settings_of(config, bottleneck, folder)
+    common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
+    model = bottleneck(base, **settings, class_names=tuple(config["class_names"]))
     return model.load_weights(Path(folder))
 
 

@@ -101,6 +101,16 @@ def vit(
     """A small timm vision transformer: images of one size -> [B, features]; the last layer starts at zero."""
     from timm.models.vision_transformer import VisionTransformer
 
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if min(*sides, patch_size, width, depth, heads) < 1 or len(sides) != 2:
+        raise ValueError(
+            f"image_size, patch_size, width, depth and heads must be at least 1, got {image_size}, {patch_size}, {width}, "
+            f"{depth} and {heads}"
+        )
+    if width % heads or min(sides) < patch_size:
+        raise ValueError(
+            f"width must be divisible by heads and the image hold a patch, got {width}, {heads}, {patch_size}"
+        )
     network = VisionTransformer(
         img_size=image_size, patch_size=patch_size, in_chans=channels, num_classes=features,
         embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=2.0,
@@ -198,6 +208,8 @@ def certifying(
         raise ValueError("use_features and use_adapter are both False: nothing would be left")
     if head not in {"base", "new"}:
         raise ValueError(f"head must be base or new, got {head!r}")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if num_classes is not None and head == "base":
         raise ValueError("num_classes= needs head='new'; the base's head has its own classes")
     common.check_plain(base)
@@ -223,7 +235,9 @@ def certifying(
 def _build(
     base: BaseClassifier, adapter: str | nn.Module, settings: dict, channels: int | None, dim: int
 ) -> BaseClassifier:
-    channels = channels or base.channels
+    channels = base.channels if channels is None else channels
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
     if isinstance(adapter, nn.Module):
         network, name = adapter, type(adapter).__name__
     elif adapter not in BUILDERS:
@@ -231,6 +245,7 @@ def _build(
     elif channels is None:
         raise ValueError(f"{base.name} does not say how many channels images have; give channels=")
     else:
+        common.check_keywords("adapter_settings", BUILDERS[adapter], settings, leave_out=("channels", "features"))
         network, name = BUILDERS[adapter](channels, dim, **settings), adapter
     return BaseClassifier(network, **{**common.preprocessing_of(base), "size": None, "channels": channels}, name=name)
 
@@ -238,7 +253,7 @@ def _build(
 def load(folder: str | Path, base: BaseClassifier, *, adapter: nn.Module | None = None) -> CertifyingClassifier:
     """Read back what `save` wrote, on the base it was made for; an adapter of your own must be handed in again."""
     config = common.read_config(folder)
-    settings = _restored(config["settings"], adapter, folder)
+    settings = _restored(common.settings_of(config, certifying, folder), adapter, folder)
     common.check_base(
         config, common.base_identity(base, "trained" if settings["head"] == "new" else "frozen"), base, folder
     )
@@ -246,11 +261,11 @@ def load(folder: str | Path, base: BaseClassifier, *, adapter: nn.Module | None 
 
 
 def _restored(settings: dict, adapter: nn.Module | None, folder: str | Path) -> dict:
-    if settings["adapter"] is None and settings["use_adapter"]:
+    if settings.get("adapter") is None and settings.get("use_adapter", True):
         if adapter is None:
             raise ValueError(f"the adapter in {folder} is a module of the user's own; hand in the same one as adapter=")
         return {**settings, "adapter": adapter}
-    return {**settings, "adapter": settings["adapter"] or "resnet"}
+    return {**settings, "adapter": settings.get("adapter") or "resnet"}
 
 
 # --- ensembles over sigma --------------------------------------------------------------------------
@@ -377,7 +392,7 @@ def _checked_members(members: dict[float, CertifyingClassifier]) -> dict[float, 
 def load_ensemble(folder: str | Path, base: BaseClassifier) -> common.Adapted:
     """Read back what `save` of an ensemble wrote, on the base it was made for."""
     config = common.read_config(folder)
-    settings = config["settings"]
+    settings = _checked_settings(config["settings"], folder)
     heads = {"trained" if m["head"] == "new" else "frozen" for m in settings["members"]}
     common.check_base(config, common.base_identity(base, heads.pop()), base, folder)
     names = tuple(config["class_names"])
@@ -386,6 +401,20 @@ def load_ensemble(folder: str | Path, base: BaseClassifier) -> common.Adapted:
         for sigma, member in zip(settings["sigmas"], settings["members"], strict=True)
     }
     return ensemble(members, design=settings["design"]).load_weights(Path(folder))
+
+
+def _checked_settings(settings: dict, folder: str | Path) -> dict:
+    """Those of an ensemble, if they are complete."""
+    members, sigmas, design = (settings.get(name) for name in ("members", "sigmas", "design"))
+    if not (isinstance(members, list) and isinstance(sigmas, list) and members and len(members) == len(sigmas)):
+        raise ValueError(f"{folder}: settings must have members and a sigma for each; restore the folder from a copy")
+    common.check_type(f"{folder}: design", str, design)
+    for member in members:
+        common.check_type(f"{folder}: a member's settings", dict, member)
+        common.settings_of({"settings": member}, certifying, folder)
+    for sigma in sigmas:
+        common.check_sigma(sigma)
+    return settings
 
 
 class PerSigma:
@@ -419,5 +448,6 @@ def per_sigma(members: dict[float, CertifyingClassifier]) -> PerSigma:
 
 
 def load_per_sigma(folder: str | Path, base: BaseClassifier) -> PerSigma:
-    sigmas = common.read_config(folder)["sigmas"]
+    sigmas = common.read_config(folder).get("sigmas")
+    common.check_type(f"{folder}: sigmas", list, sigmas)
     return PerSigma({s: load(Path(folder) / f"sigma-{s:g}", base) for s in sigmas})

@@ -11,6 +11,7 @@ Fu and Wang, "Certified PEFTSmoothing", 2024. arXiv:2404.05350.
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,9 @@ def lora(
 
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    common.check_dropout(dropout)
     _check_name(name)
     copied = common.frozen_copy(base)
     identity = common.base_identity(base, head)
@@ -197,7 +201,8 @@ def load(folder: str | Path, base: BaseClassifier) -> LoraClassifier:
     """Read back what `save` wrote, with all its adapters, on the base it was made for."""
     folder = Path(folder)
     config = common.read_config(folder)
-    settings = dict(config["settings"])
+    settings = common.settings_of(config, lora, folder, own=("names", "active"))
+    _check_names(settings["names"], settings["active"], folder)
     common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
     names, active = settings.pop("names"), settings.pop("active")
     model = lora(base, **{**settings, "name": names[0]}, class_names=tuple(config["class_names"]))
@@ -207,6 +212,12 @@ def load(folder: str | Path, base: BaseClassifier) -> LoraClassifier:
         _fill(model, name, folder / name)
     model.use(active)
     return model
+
+
+def _check_names(names: list[str], active: str, folder: Path) -> None:
+    good = isinstance(names, list) and all(isinstance(name, str) for name in names) and active in names
+    if not good or not names:
+        raise ValueError(f"{folder} names the adapters {names!r}, with {active!r} in use; restore it from a copy")
 
 
 def _fill(model: LoraClassifier, name: str, folder: Path) -> None:

@@ -79,6 +79,7 @@ def prompts(
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
+    common.check_dropout(dropout)
     copied = common.frozen_copy(base)
     network = copied.network
     blocks = plain_blocks(network, "visual prompts")
@@ -108,6 +109,7 @@ def _start(network: nn.Module, length: int) -> Tensor:
 def load(folder: str | Path, base: BaseClassifier) -> common.Adapted:
     """Read back what `save` wrote, on the base it was made for."""
     config = common.read_config(folder)
-    common.check_base(config, common.base_identity(base, config["settings"]["head"]), base, folder)
-    model = prompts(base, **config["settings"], class_names=tuple(config["class_names"]))
+    settings = common.settings_of(config, prompts, folder)
+    common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
+    model = prompts(base, **settings, class_names=tuple(config["class_names"]))
     return model.load_weights(Path(folder))

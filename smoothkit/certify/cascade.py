@@ -156,7 +156,9 @@ def alpha_per_statement(alpha: float, scales: int) -> float:
     check_alpha(alpha)
     if scales < 1:
         raise ValueError(f"scales must be at least 1, got {scales}")
-    return alpha if scales == 1 else alpha / (2 * scales)
+    share = alpha if scales == 1 else alpha / (2 * scales)
+    check_alpha(share, f"alpha={alpha:g} shared among {scales} scales")
+    return share
 
 
 def certify_cascade(
@@ -523,6 +525,8 @@ def _check_counts(selection, estimation, n, scales: int) -> tuple[np.ndarray, np
     if not (np.issubdtype(selection.dtype, np.integer) and np.issubdtype(estimation.dtype, np.integer)):
         raise ValueError(f"counts must be whole numbers, got {selection.dtype} and {estimation.dtype}")
     n = np.broadcast_to(np.asarray(n), estimation.shape[:-1])
+    if not np.issubdtype(n.dtype, np.integer):
+        raise ValueError(f"n must be whole numbers below 2**63, got {n.dtype}")
     if (estimation < 0).any() or (estimation.sum(axis=-1) > n).any():
         raise ValueError("estimation counts must be at least 0 and sum to at most n at every scale")
     return selection, estimation, n

@@ -210,6 +210,8 @@ def decide(rule: StoppingRule, sigma: float, successes: np.ndarray) -> np.ndarra
     ----------
     successes : int array [looks done], cumulative
     """
+    if len(successes) > len(rule.looks):
+        raise ValueError(f"successes must be those at the {len(rule.looks)} looks at the most, got {len(successes)}")
     if len(successes) == 0:
         return np.full(len(rule.radii), OPEN)
     up, down = (b[:, : len(successes)] for b in boundaries(rule, sigma))

@@ -98,9 +98,10 @@ def denoising_loss(denoiser: DiffusionDenoiser, images: Tensor) -> Tensor:
 def denoise_at(denoiser: DiffusionDenoiser, images: Tensor, sigma: Tensor) -> Tensor:
     """Clean images on [0, 1] from images [B, C, H, W] with noise of sigma [B], in one call of the model."""
     levels = torch.from_numpy(schedule_sigmas(denoiser.alphas_bar)).to(sigma)
-    if bool((sigma > levels[-1]).any()):
+    reach = levels[levels.isfinite()].max()
+    if not bool(((sigma > 0) & (sigma <= reach)).all()):
         raise ValueError(
-            f"the diffusion schedule reaches sigma {float(levels[-1]):.4g} at most, got {float(sigma.max()):g}"
+            f"sigma must lie above 0 and the diffusion schedule reaches {float(reach):.4g} at most, got {sigma.tolist()}"
         )
     t = torch.searchsorted(levels, sigma.contiguous())  # the first that is at least as noisy
     alpha_bar = _table(denoiser, images)[t].reshape(-1, 1, 1, 1)

@@ -98,4 +98,6 @@ class _Chain(nn.Module):
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image [B] in decibels, for images [B, C, H, W] on [0, 1]."""
+    if images.ndim < 2 or images.shape[1:] != clean.shape[1:] or len(clean) not in (1, len(images)):
+        raise ValueError(f"images and clean must have one shape, got {tuple(images.shape)} and {tuple(clean.shape)}")
     return -10 * (images - clean).double().square().flatten(1).mean(1).log10()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from smoothkit.data import data_dir
 from smoothkit.denoise.chain import Denoiser
-from smoothkit.types import check_sigma
+from smoothkit.types import check_sigma, check_type
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 NOISE = ("exact", "schedule")
@@ -47,6 +47,9 @@ class Timestep:
 def schedule_sigmas(alphas_bar: np.ndarray) -> np.ndarray:
     """The noise level of every timestep, sqrt((1 - abar_t) / abar_t) / 2, in pixel units on [0, 1]; float64."""
     alphas_bar = np.asarray(alphas_bar, dtype=np.float64)
+    inside = alphas_bar.ndim == 1 and alphas_bar.size and ((alphas_bar >= 0) & (alphas_bar <= 1)).all()
+    if not inside or (np.diff(alphas_bar) > 0).any():
+        raise ValueError(f"alphas_bar must be numbers [T] that fall from 1 to 0, got {alphas_bar.tolist()}"[:300])
     with np.errstate(divide="ignore"):
         return np.sqrt((1 - alphas_bar) / alphas_bar) / 2  # half: the model's images have range 2
 
@@ -66,19 +69,26 @@ def timestep_for(alphas_bar: np.ndarray, sigma: float) -> Timestep:
     """
     check_sigma(sigma)
     levels = schedule_sigmas(alphas_bar)
-    reached = np.flatnonzero(levels >= sigma)
+    reached = np.flatnonzero((levels >= sigma) & np.isfinite(levels))  # at abar = 0 nothing is left of the image
     if not len(reached):
         raise ValueError(
-            f"the diffusion schedule reaches sigma {math.floor(levels.max() * 1e4) / 1e4:g} (pixel units) at most, "
+            f"the diffusion schedule reaches sigma {_reach(levels):g} (pixel units) at most, "
             f"got {sigma:g}; take a smaller sigma or a model with a longer schedule"
         )
     t = int(reached[0])
     return Timestep(t, float(alphas_bar[t]), float(levels[t]))
 
 
+def _reach(levels: np.ndarray) -> float:
+    return math.floor(levels[np.isfinite(levels)].max(initial=0.0) * 1e4) / 1e4
+
+
 def alphas_bar_of(scheduler: object) -> np.ndarray:
     """abar_t of a diffusers scheduler, as float64 [T]: the product of its 1 - beta, which it keeps in float32 itself."""
-    return np.cumprod(1 - scheduler.betas.double().numpy())
+    betas = scheduler.betas.double().numpy()
+    if not (betas.ndim == 1 and betas.size and ((betas >= 0) & (betas <= 1)).all()):
+        raise ValueError(f"the scheduler's betas must be numbers [T] in [0, 1], got {betas.tolist()}"[:300])
+    return np.cumprod(1 - betas)
 
 
 # --- the denoiser ------------------------------------------------------------------------------------
@@ -272,7 +282,7 @@ def load_diffusion(source: str | Path, *, sigma: float, **settings) -> Diffusion
     """
     folder, name = _folder_of(source)
     unet_at, scheduler_at = _find_parts(folder)
-    unet_config = json.loads((unet_at / UNET[1]).read_text())
+    unet_config = _read_json(unet_at / UNET[1])
     kind = unet_config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"{name} holds a {kind}; only unconditional pixel models (UNet2DModel) denoise images")
@@ -345,10 +355,17 @@ def _find_parts(folder: Path) -> tuple[Path, Path]:
     return places[0], places[1]
 
 
+def _read_json(path: Path) -> dict:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must map names to values, got {content!r}"[:300])
+    return content
+
+
 def _read_schedule(file: Path, name: str) -> tuple[np.ndarray, str]:
     from diffusers import DDPMScheduler
 
-    config = json.loads(file.read_text())
+    config = _read_json(file)
     if not {"beta_schedule", "trained_betas", "beta_start"} & config.keys():
         raise ValueError(
             f"{name} has the scheduler {config.get('_class_name', 'without a name')}, which has no betas; a variance-preserving "
@@ -358,12 +375,27 @@ def _read_schedule(file: Path, name: str) -> tuple[np.ndarray, str]:
     if prediction not in PREDICTIONS:
         raise ValueError(f"{name} predicts {prediction!r}; known are {', '.join(PREDICTIONS)}")
     known = {k: v for k, v in config.items() if k in _SCHEDULE_KEYS}
+    for key, value in known.items():
+        check_type(f"{file}: {key}", _SCHEDULE_KEYS[key], value)
+    if known.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+        raise ValueError(
+            f"{file}: beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {known['beta_schedule']!r}"
+        )
+    if not 1 <= known.get("num_train_timesteps", 1_000) <= MOST_TIMESTEPS:
+        raise ValueError(
+            f"{file}: num_train_timesteps must lie in 1..{MOST_TIMESTEPS:,}, got {known['num_train_timesteps']}"
+        )
+    for beta in known.get("trained_betas") or ():
+        check_type(f"{file}: trained_betas", float, beta)
     return alphas_bar_of(DDPMScheduler(**known)), prediction
 
 
-_SCHEDULE_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-)  # fmt: skip
+_SCHEDULE_KEYS = {
+    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str, "trained_betas": list | None,
+    "rescale_betas_zero_snr": bool,
+}  # fmt: skip
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+MOST_TIMESTEPS = 100_000
 
 
 def _check_sha256(folder: Path) -> None:

@@ -19,6 +19,7 @@ from smoothkit.denoise.chain import DenoisedClassifier, Denoiser
 from smoothkit.denoise.diffusion import load_diffusion
 from smoothkit.denoise.trained import AFTER, OBJECTIVES, DnCNN, fit_denoiser
 from smoothkit.training.common import Fitted
+from smoothkit.types import check_keywords, check_sigma, check_type
 
 KINDS = ("diffusion", "dncnn")
 _OF_DIFFUSION = ("diffusion", "noise", "clamp", "steps", "pad_to", "lora", "calibration", "sigmas")
@@ -44,19 +45,29 @@ def check_settings(settings: dict[str, Any], *, trained: bool) -> None:
     if kinds == ["dncnn"]:
         if not trained:
             raise ValueError("a dncnn is trained: give the row the method denoiser")
-        if settings.get("objective", "mse") not in (*OBJECTIVES, AFTER):
+        check_type("dncnn", dict | None, settings["dncnn"])
+        check_keywords("dncnn", DnCNN, settings["dncnn"] or {}, leave_out=("channels", "sigma", "seed"))
+        check_type("mse", dict, settings.get("mse", {}))
+        if settings.get("objective", "mse") not in [*OBJECTIVES, AFTER]:
             raise ValueError(
                 f"objective must be one of {', '.join((*OBJECTIVES, AFTER))}, got {settings['objective']!r}"
             )
         return
+    of_diffusion = {"diffusion": str, "noise": str, "clamp": str, "steps": int, "pad_to": int | None, "lora": int}
+    for name, kind in of_diffusion.items():
+        if name in settings:
+            check_type(name, kind, settings[name])
     if trained != ("calibration" in settings):
         raise ValueError(
             "a diffusion model is calibrated by the method denoiser with the key calibration, and not without"
         )
     if trained:
+        check_keywords("calibration", Calibration, settings["calibration"])
         Calibration(**settings["calibration"])
-        if not settings.get("sigmas"):
-            raise ValueError("calibration needs sigmas, the noise levels to calibrate for")
+        if not settings.get("sigmas") or not isinstance(settings["sigmas"], list):
+            raise ValueError("calibration needs sigmas, a list of the noise levels to calibrate for")
+        for sigma in settings["sigmas"]:
+            check_sigma(sigma)
 
 
 def make_denoiser(settings: dict[str, Any], *, sigma: float, channels: int, seed: int = 0) -> Denoiser:

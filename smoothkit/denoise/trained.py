@@ -27,7 +27,7 @@ from smoothkit.denoise.chain import DenoisedClassifier, Denoiser
 from smoothkit.training.common import Fitted
 from smoothkit.training.fit import fit
 from smoothkit.training.losses import Terms
-from smoothkit.types import check_sigma
+from smoothkit.types import check_keywords, check_sigma
 
 OBJECTIVES = ("mse", "stability", "classification")
 AFTER = "stability-after-mse"
@@ -60,8 +60,10 @@ class DnCNN(Denoiser):
         self, channels: int, *, sigma: float, depth: int = 17, width: int = 64, seed: int = 0, name: str = "dncnn"
     ) -> None:
         check_sigma(sigma)
-        if depth < 2 or width < 1:
-            raise ValueError(f"depth must be at least 2 and width at least 1, got {depth} and {width}")
+        if depth < 2 or width < 1 or channels < 1:
+            raise ValueError(
+                f"depth must be at least 2, width and channels at least 1, got {depth}, {width} and {channels}"
+            )
         super().__init__(sigma=float(sigma), name=f"{name}@{sigma:g}")
         self.settings = dict(channels=channels, sigma=float(sigma), depth=depth, width=width, name=name)
         with seeded(seed):
@@ -97,9 +99,14 @@ def load_denoiser(folder: str | Path) -> DnCNN:
     if missing:
         raise FileNotFoundError(f"{folder} is no trained denoiser: it lacks {' and '.join(missing)}")
     config = json.loads((folder / CONFIG).read_text())
-    if config.get("kind") != "dncnn":
-        raise ValueError(f"{folder / CONFIG} is of the kind {config.get('kind')!r}; known is 'dncnn'")
-    denoiser = DnCNN(**config["settings"])
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind != "dncnn":
+        raise ValueError(f"{folder / CONFIG} is of the kind {kind!r}; known is 'dncnn'")
+    settings = config.get("settings")
+    check_keywords(f"{folder / CONFIG}: settings", DnCNN, settings)
+    if not {"channels", "sigma"} <= settings.keys():
+        raise ValueError(f"{folder / CONFIG}: settings must say channels and sigma, got {settings}")
+    denoiser = DnCNN(**settings)
     denoiser.load_state_dict(load_file(folder / WEIGHTS))
     return denoiser.eval()
 

@@ -76,6 +76,8 @@ class ReleasedRadius:
         _check_clamp(self.clamp)
 
     def __call__(self, probabilities: Tensor, c_a: Tensor, sigma: Tensor) -> Tensor:
+        if probabilities.shape[1] < 2:
+            raise ValueError("the released radius compares two classes, and the base classifier has one")
         own, others = probabilities.topk(2, dim=1).values.unbind(1)
         return _two_class(own, others, sigma, self.clamp)
 
@@ -98,7 +100,7 @@ class FiniteSampleRadius:
         own = probabilities.gather(1, c_a[:, None])[:, 0].double()
         count = (own * self.n).clamp(0, self.n)
         quantiles = torch.from_numpy(_quantiles(self.n, self.alpha)).to(own.device)
-        below = count.detach().floor().clamp_max(self.n - 1).long()
+        below = count.detach().nan_to_num().floor().clamp_max(self.n - 1).long()  # of NaN comes NaN below
         low, high = quantiles[below], quantiles[below + 1]
         return sigma * (low + (count - below) * (high - low)).to(sigma)
 
@@ -234,6 +236,10 @@ def ascend(probabilities: Probabilities, sigma0: Tensor, search: SigmaSearch) ->
         after = search.objective(probabilities(found, GUARD), c_a, found)
     kept = ~(after >= before) if search.guard else torch.zeros_like(c_a, dtype=torch.bool)  # NaN is no gain either
     found, after = torch.where(kept, sigma0, found), torch.where(kept, before, after)
+    if not bool((found.isfinite() & (found > 0)).all()):
+        raise ValueError(
+            f"the ascent left all reason, with sigma {found.tolist()[:3]}; use a smaller step_size or guard=True"
+        )
     numbers = (
         x.double().cpu().numpy() for x in (found, sigma0, before, after, torch.stack(trace), torch.stack(climbed))
     )
@@ -379,6 +385,8 @@ class PilotNoise:
         self._black = torch.zeros(1, *shape, device=self.device)  # noise on a black image is the noise itself
 
     def __call__(self, start: int, stop: int) -> Tensor:
+        if not 0 <= start <= stop:
+            raise ValueError(f"samples must lie in order from 0 on, got {start} to {stop}")
         samples = torch.arange(start, stop, device=self.device)
         words = self._words.repeat(len(samples))
         rows = torch.stack([torch.zeros_like(words), words, samples.repeat_interleave(len(self._words))])

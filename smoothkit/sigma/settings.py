@@ -15,7 +15,7 @@ from smoothkit.sigma.search import ClampedRadius, FiniteSampleRadius, ReleasedRa
 from smoothkit.sigma.selectors import prototypes_by_sigma, wanted_of
 from smoothkit.sigma.sound import GEOMETRY, VOTES, keep_geometry
 from smoothkit.sigma.table import SigmaTable
-from smoothkit.types import StoppingRule
+from smoothkit.types import StoppingRule, check_keywords, check_sigma, check_type
 from smoothkit.votes import collect_votes
 
 OBJECTIVES = {"clamped": ClampedRadius, "released": ReleasedRadius, "finite": FiniteSampleRadius}
@@ -29,12 +29,15 @@ def parse_search(settings: dict[str, Any]) -> SigmaSearch:
     """`objective: clamped | released | finite` with its settings, and those of `SigmaSearch`."""
     settings = dict(settings)
     objective = settings.pop("objective", "clamped")
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"search: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     of_objective = {f.name for f in dataclasses.fields(OBJECTIVES[objective])}
     of_search = {f.name for f in dataclasses.fields(SigmaSearch)} - {"objective"}
     _check_known("search", settings, of_objective | of_search)
-    made = OBJECTIVES[objective](**{k: settings.pop(k) for k in of_objective & settings.keys()})
+    own = {k: settings.pop(k) for k in of_objective & settings.keys()}
+    check_keywords("search", OBJECTIVES[objective], own)
+    check_keywords("search", SigmaSearch, settings)
+    made = OBJECTIVES[objective](**own)
     return SigmaSearch(objective=made, **settings)
 
 
@@ -42,17 +45,37 @@ def parse_table(sigma0: float, settings: dict[str, Any]) -> SigmaTable:
     """`fixed_for`, and the settings of a search; a step an epoch."""
     settings = dict(settings)
     share = {"fixed_for": settings.pop("fixed_for")} if "fixed_for" in settings else {}
+    check_keywords("table", SigmaTable, share)
     return SigmaTable(sigma0, parse_search(settings), **share)
 
 
 def check_selector(settings: dict[str, Any]) -> None:
     """Whether the settings describe a selector; ValueError if not."""
-    if settings.get("kind") not in SELECTORS:
+    if not isinstance(settings.get("kind"), str) or settings["kind"] not in SELECTORS:
         raise ValueError(f"selector: kind must be one of {', '.join(SELECTORS)}, got {settings.get('kind')!r}")
     _check_known("selector", settings, SELECTORS[settings["kind"]])
     missing = sorted(set(SELECTORS[settings["kind"]]) - settings.keys())
     if missing:
         raise ValueError(f"selector: {', '.join(missing)} missing")
+    types = {
+        "kind": str,
+        "sigmas": list,
+        "each": int,
+        "sigma_e": float,
+        "train_images": str,
+        "epochs": int,
+        "base": str,
+    }
+    for name, value in settings.items():
+        check_type(f"selector: {name}", types[name], value)
+    sigmas = [*settings["sigmas"], *([settings["sigma_e"]] if "sigma_e" in settings else [])]
+    if not settings["sigmas"]:
+        raise ValueError("selector: sigmas must not be empty; it is what there is to choose from")
+    for sigma in sigmas:
+        check_sigma(sigma)
+    for name in ("each", "epochs"):
+        if settings.get(name, 1) < 1:
+            raise ValueError(f"selector: {name} must be at least 1, got {settings[name]}")
 
 
 def _check_known(what: str, settings: dict[str, Any], known: Sequence[str] | set[str]) -> None:

@@ -89,6 +89,7 @@ def slopes(
 
     Each entry of a direction is +-u with u uniform on [0.5, 1]: its inverse moments are finite, which a normal's are not.
     """
+    _check_probes(displacement, repeats)
     total, seen = torch.zeros_like(w), 0.0
     for _ in range(repeats):
         direction = _direction(w, generator)
@@ -96,6 +97,13 @@ def slopes(
         total += (above - below) / (2 * displacement * direction)
         seen += (above + below) / 2
     return total / repeats, seen / repeats
+
+
+def _check_probes(displacement: float, repeats: int) -> None:
+    if not 1e-30 < displacement < 1e30 or repeats < 1:  # beyond, float32 has nothing to divide by
+        raise ValueError(
+            f"displacement must lie in (1e-30, 1e30) and repeats at least 1, got {displacement} and {repeats}"
+        )
 
 
 def _direction(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,6 +123,7 @@ def image_slopes(
 
     `losses` gives one number an image, [B]. A pixel that clipping holds where it is on both sides has slope 0.
     """
+    _check_probes(displacement, repeats)
     total = torch.zeros_like(shown)
     for _ in range(repeats):
         direction = displacement * _direction(shown, generator)

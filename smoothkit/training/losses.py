@@ -43,6 +43,8 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         _check_copies(self.copies)
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
 
     def __call__(
         self, base_classifier: Classifier, images: Tensor, labels: Tensor, *, noise, sigma, epoch=None
@@ -140,6 +142,8 @@ def macer_hinge(logits: Tensor, labels: Tensor, sigma: Tensor, *, gamma: float, 
     in the released code: an infinite quantile masked afterwards still has a NaN gradient. The mean is over all
     images. In float64: float32 cannot tell 1 - 1e-8 from 1, and would drop images from a gap of about 5 on.
     """
+    if logits.shape[-1] < 2:
+        raise ValueError("the hinge of MACER compares two classes, and the base classifier has one")
     q = (beta * logits.double()).softmax(-1).mean(0)  # [B, K]
     with torch.no_grad():
         gap = _quantile_gap(q)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from smoothkit.types import check_sigma
+
 Schedule = Callable[..., Tensor]
 
 
@@ -154,6 +156,8 @@ def draw_noise(
     """
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
+    if grid is not None and grid < 1:
+        raise ValueError(f"grid must be a number of steps of at least 1, or None for float noise, got {grid}")
     shape = (copies, *images.shape)
     noise = torch.randn(shape, generator=generator, device=images.device) * sigma.reshape(1, -1, 1, 1, 1)
     return noise if grid is None else (noise * grid).round() / grid
@@ -161,6 +165,8 @@ def draw_noise(
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, pad: int = 4, flip: bool = True) -> Tensor:
     """Shift each image by up to `pad` pixels (black beyond the edge) and mirror half of them; values keep their grid."""
+    if pad < 0:
+        raise ValueError(f"pad must be at least 0 pixels, got {pad}")
     n, _, height, width = images.shape
     device = images.device
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
@@ -185,5 +191,5 @@ def derived_seed(seed: int, purpose: str, step: int) -> int:
 
 
 def _check_sigma(name: str, sigma: float) -> None:
-    if not 0 <= sigma < float("inf"):
-        raise ValueError(f"{name} must be at least 0, in pixel units on [0, 1], got {sigma}")
+    if sigma != 0:  # clean training
+        check_sigma(sigma, name)

@@ -25,7 +25,7 @@ from fuzz_logs import fuzz_logs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from results import keep
+from results import keep, read
 
 from smoothkit import bounds, data, models
 from smoothkit.certify import certificates, certify_votes, predict_votes, sequential_rule
@@ -418,21 +418,33 @@ def _logs(part: tuple[int, int, float]) -> dict:
     return fuzz_logs(number, seed, time.perf_counter() + seconds)
 
 
+def _all_logs(number: int, jobs: int, seconds: float) -> tuple[dict[str, int], list]:
+    """How many logs were tried, read and refused, and those that were read wrongly."""
+    share = -(-number // jobs)
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        parts = pool.map(_logs, [(share, seed, seconds) for seed in range(jobs)])
+    counted = {name: sum(part[name] for part in parts) for name in ("tried", "read", "refused")}
+    return counted, [w for part in parts for w in part["wrong"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=300, help="inputs for each property")
     parser.add_argument("--logs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=400, help="for the logs, at the most")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--keep-logs", action="store_true", help="try no logs, and keep what the last run found of them"
+    )
     chosen = parser.parse_args()
     begin = time.perf_counter()
-    share = -(-chosen.logs // chosen.jobs)
-    with multiprocessing.get_context("fork").Pool(chosen.jobs) as pool:
-        parts = pool.map(_logs, [(share, seed, chosen.seconds) for seed in range(chosen.jobs)])
+    if chosen.keep_logs:
+        last = read("fuzz")
+        logs, wrong = {**last["logs"], "of": "an earlier run"}, last["logs_read_wrongly"]
+    else:
+        logs, wrong = _all_logs(chosen.logs, chosen.jobs, chosen.seconds)
     properties = run_properties(chosen.examples)
-    wrong = [w for part in parts for w in part["wrong"]]
     broken = [p for p in properties if p["problem"]]
-    logs = {name: sum(part[name] for part in parts) for name in ("tried", "read", "refused")}
     tried = logs["tried"] + sum(p["tried"] for p in properties)
     silent = len(wrong) + len(broken)
     keep(
@@ -452,4 +464,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from fuzz_methods import main  # registers its properties beside those of this file, in the module of this name
+
     main()

@@ -1,8 +1,15 @@
 """The short version of `make fuzz`, and that no pickle is ever loaded."""
 
+import ast
+import importlib
+import json
 import pickle
+import re
+import types
+from pathlib import Path
 
 import fuzz_inputs
+import fuzz_methods
 import pytest
 from fuzz_logs import difference, fuzz_logs
 from results import read
@@ -29,6 +36,72 @@ def test_the_fuzzer_would_notice(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", [name for name in fuzz_inputs.PROPERTIES if name != "command_lines"])
 def test_properties_of_public_functions(name):
     fuzz_inputs.PROPERTIES[name](8)
+
+
+# --- what is public, and has a property ---
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WITHOUT_PROPERTY = {
+    "data_dir": "takes nothing",
+    "show": "displays a figure made by a function that has one",
+    "show_print": "the same, for print",
+    "certified_accuracy_print": "matplotlib's drawing of the points that have one, and slow",
+    "Live": "the same, for a figure that changes while something runs",
+}
+PACKAGES = ("smoothkit", *(f"smoothkit.{part}" for part in ("adapters", "certify", "denoise", "training")))
+
+
+def public_callables() -> set[tuple[str, str]]:
+    """(module, name) of what a user calls.
+
+    By this rule: what a code cell of a notebook, or Python in the README, imports from smoothkit, takes as an attribute of
+    a module it imported from there, or what a package of smoothkit lists in `__all__`.
+    """
+    cells = [
+        "".join(cell["source"])
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    cells += re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*$", "", cell)))]
+    imported = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "smoothkit"
+        for alias in node.names
+    }
+    modules = {name: _look_up(*where) for name, where in imported.items()}
+    asked = set(imported.values())
+    asked |= {
+        (modules[node.value.id].__name__, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if isinstance(modules.get(node.value.id), types.ModuleType)
+    }
+    asked |= {(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__}
+    return {
+        where for where in asked if callable(_look_up(*where)) and not isinstance(_look_up(*where), types.ModuleType)
+    }
+
+
+def _look_up(module: str, name: str):
+    found = importlib.import_module(module)
+    return getattr(found, name) if hasattr(found, name) else importlib.import_module(f"{module}.{name}")
+
+
+def test_every_public_callable_is_exercised_by_a_property():
+    used = set()
+    for module in (fuzz_inputs, fuzz_methods):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            used |= (
+                {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
+            )
+    public = public_callables()
+    assert len(public) > 150 and ("smoothkit.certify", "certificates") in public
+    # one property takes every check of an exercise, by the beginning of its name
+    left = {name for module, name in public if name not in used and module != "smoothkit.checks"}
+    assert left == set(WITHOUT_PROPERTY)
 
 
 def test_command_lines():
