@@ -66,14 +66,12 @@ def try_with(python: Path, name: str, tests: list[str], workers: int) -> dict:
     ended = subprocess.run(command, cwd=ROOT)
     if not found.is_file():
         raise SystemExit(f"pytest ended with status {ended.returncode} and without a result in {found.name}")
+    return describe(python, name, tests, found) | {"test_seconds": round(time.perf_counter() - begin)}
+
+
+def describe(python: Path, name: str, tests: list[str], junit: Path) -> dict:
     versions = subprocess.run([python, "-c", _VERSIONS], check=True, capture_output=True, text=True).stdout
-    return {
-        "name": name,
-        "versions": json.loads(versions),
-        "tests": tests or ["all"],
-        **read_result(found),
-        "test_seconds": round(time.perf_counter() - begin),
-    }
+    return {"name": name, "versions": json.loads(versions), "tests": tests or ["all"], **read_result(junit)}
 
 
 def read_result(junit: Path) -> dict:
@@ -97,6 +95,9 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("lowest", "newest"), help="try one, and keep the other as it was last found")
     parser.add_argument("--tests", nargs="*", default=[], help="files of tests; all if not given")
+    parser.add_argument(
+        "--result", type=Path, help="of the newest: what `make test` left, as runs/tests.xml, and run none"
+    )
     parser.add_argument("--workers", type=int, default=2)
     chosen, of_pytest = parser.parse_known_args()
     begin = time.perf_counter()
@@ -107,6 +108,9 @@ def main() -> None:
             if name == "lowest":
                 folder = chosen.lowest or make_lowest(ROOT / "runs" / "lowest")
             tests = [*chosen.tests, *of_pytest]
+            if name == "newest" and chosen.result:
+                known[name] = describe(folder / "bin" / "python", name, tests, chosen.result)
+                continue
             known[name] = try_with(folder / "bin" / "python", name, tests, chosen.workers)
     found = list(known.values())
     keep(
