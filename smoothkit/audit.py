@@ -299,6 +299,8 @@ def _images(record: Record, rows: pd.DataFrame, images: "Images | None") -> tupl
 
 
 def _contents(rows: pd.DataFrame, images: "Images", name: str) -> Check:
+    from smoothkit.data import UNLABELLED
+
     recorded = dict(zip(rows["image_id"], rows["digest"], strict=True))
     labels = dict(zip(rows["image_id"], rows["label"], strict=True))
     place = {image: i for i, image in enumerate(images.ids)}
@@ -308,7 +310,8 @@ def _contents(rows: pd.DataFrame, images: "Images", name: str) -> Check:
     odd = [images.keys[place[i]] for i, digest in recorded.items() if images.digest(place[i]) != digest]
     if odd:
         return Check("images", FAILED, f"{len(odd)} images differ from those recorded, such as {odd[0]}")
-    odd = [images.keys[place[i]] for i, label in labels.items() if int(images.labels[place[i]]) != label]
+    stated = {} if set(labels.values()) == {UNLABELLED} else labels  # votes of a selector have none
+    odd = [images.keys[place[i]] for i, label in stated.items() if int(images.labels[place[i]]) != label]
     if odd:
         return Check("images", FAILED, f"{len(odd)} labels differ from those recorded, such as that of {odd[0]}")
     return Check("images", PASSED, f"{len(recorded)} images of {name} have the digests and labels recorded")

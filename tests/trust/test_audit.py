@@ -45,6 +45,15 @@ def test_an_honest_record_passes(made):
     assert "1 their sha256" in found.checks[0].what
 
 
+def test_a_record_without_labels_is_none_that_disagrees(made, tmp_path):
+    """As that of a smoothed selector, whose classes are noise levels."""
+    _, classifier = made
+    images = data.load("digits", subset="classes:0-1,first:3")
+    unlabelled = dataclasses.replace(images, labels=np.full(3, data.UNLABELLED))
+    Smoothed(classifier, 0.25).sample(unlabelled, n=1_200, out=tmp_path / "u", progress=False)
+    assert audit(tmp_path / "u", redraw=1, base_classifier=classifier).verdict == PASSED
+
+
 def test_votes_moved_between_classes_are_found(made):
     path, classifier = made
 
