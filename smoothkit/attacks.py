@@ -206,7 +206,7 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 def _check_budget(epsilon: float, steps: int = 1) -> None:
-    if not (epsilon >= 0 and math.isfinite(epsilon)):
+    if not 0 <= epsilon < 1e30:  # and float32 holds its multiples
         raise ValueError(f"epsilon must be at least 0, an L2 distance in pixel units on [0, 1], got {epsilon}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

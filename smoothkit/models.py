@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -389,9 +390,17 @@ def identify(base_classifier: Callable[[Tensor], Tensor], model_id: str | None =
     return ModelIdentity(model_id, f"vouched:{model_id}")
 
 
+def structure(module: nn.Module) -> str:
+    """A module as text in the newest torch's words, the same with any: older ones leave out that a norm has a bias."""
+    text = repr(module)
+    if "bias=" in repr(nn.LayerNorm(1)):
+        return text
+    return re.sub(r"((?:Layer|Batch|Group|Instance)Norm\w*\([^\n]*?affine=(True|False))", r"\1, bias=\2", text)
+
+
 def fingerprint(module: nn.Module) -> str:
     """sha256 (16 hex digits) over a module's structure, parameter names, types, shapes and values."""
-    digest = hashlib.sha256(repr(module).encode())
+    digest = hashlib.sha256(structure(module).encode())
     for key, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous()

@@ -44,7 +44,7 @@ def load(folder: str | Path, base: BaseClassifier) -> "Adapted | PerSigma":
         "certifying-ensemble": ("certifying", "load_ensemble"),
         "certifying-per-sigma": ("certifying", "load_per_sigma"),
     }
-    kind = read_config(folder)["kind"]
+    kind = read_config(folder, kind_only=True)["kind"]
     if kind not in modules:
         hint = "; use smoothkit.adapters.black_box.load, which wants the black box" if kind == "coordinator" else ""
         raise ValueError(f"{folder} holds an adapter of kind {kind!r}, which load does not know{hint}")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smoothkit.models import BaseClassifier
+from smoothkit.models import BaseClassifier, structure
 from smoothkit.types import check_keywords, check_sigma, check_type
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -253,7 +253,7 @@ def fingerprint_without(base: BaseClassifier, left_out: str | None = None) -> st
 
     A trained head is saved with the adapter, so the one that came with the base, often random, does not matter.
     """
-    digest = hashlib.sha256(repr(base).encode())
+    digest = hashlib.sha256(structure(base).encode())
     for key, value in sorted(base.state_dict().items()):
         if left_out is None or not key.startswith(left_out):
             value = value.detach().cpu().contiguous()
@@ -267,14 +267,16 @@ def base_identity(base: BaseClassifier, head: str) -> str:
     return fingerprint_without(base, f"network.{head_name(base.network)}." if head == "trained" else None)
 
 
-def read_config(folder: str | Path) -> dict:
-    """The config of a saved adapter."""
+def read_config(folder: str | Path, *, kind_only: bool = False) -> dict:
+    """The config of a saved adapter, its parts checked; with `kind_only` that it names a kind, be it one we know or not."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}; adapters are folders written by their save()")
     config = json.loads(path.read_text())
     check_type(f"{path}", dict, config)
     check_type(f"{path}: kind", str, config.get("kind"))
+    if kind_only:
+        return config
     if "sigmas" in config:  # one adapter a sigma, each in a folder of its own
         check_type(f"{path}: sigmas", list, config["sigmas"])
         for sigma in config["sigmas"]:
@@ -296,7 +298,7 @@ def settings_of(config: dict, function: Callable, folder: str | Path, *, own: tu
     missing = [name for name in ("head", *own) if name not in settings]
     if missing:
         raise ValueError(f"{Path(folder) / CONFIG}: settings lack {', '.join(missing)}; restore the folder from a copy")
-    keywords = {k: v for k, v in settings.items() if k not in own}
+    keywords = {k: v for k, v in settings.items() if k not in own and (k, v) != ("adapter", None)}  # a module, not kept
     check_keywords(f"{Path(folder) / CONFIG}: settings", function, keywords, leave_out=("base", "class_names"))
     return dict(settings)
 

@@ -101,7 +101,7 @@ def denoise_at(denoiser: DiffusionDenoiser, images: Tensor, sigma: Tensor) -> Te
     reach = levels[levels.isfinite()].max()
     if not bool(((sigma > 0) & (sigma <= reach)).all()):
         raise ValueError(
-            f"sigma must lie above 0 and the diffusion schedule reaches {float(reach):.4g} at most, got {sigma.tolist()}"
+            f"the diffusion schedule reaches sigma {float(reach):.4g} at most, and 0 not at all; got {sigma.tolist()}"
         )
     t = torch.searchsorted(levels, sigma.contiguous())  # the first that is at least as noisy
     alpha_bar = _table(denoiser, images)[t].reshape(-1, 1, 1, 1)

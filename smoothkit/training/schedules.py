@@ -191,5 +191,7 @@ def derived_seed(seed: int, purpose: str, step: int) -> int:
 
 
 def _check_sigma(name: str, sigma: float) -> None:
-    if sigma != 0:  # clean training
+    if not sigma >= 0:
+        raise ValueError(f"{name} must be at least 0, in pixel units on [0, 1], got {sigma}")
+    if sigma > 0:  # 0 is clean training
         check_sigma(sigma, name)
