@@ -35,7 +35,9 @@ def test_the_fuzzer_would_notice(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in fuzz_inputs.PROPERTIES if name != "command_lines"])
 def test_properties_of_public_functions(name):
-    fuzz_inputs.PROPERTIES[name](8)
+    before = fuzz_inputs.TRIED[name]
+    fuzz_inputs.PROPERTIES[name](8)  # raises where the property does not hold
+    assert fuzz_inputs.TRIED[name] > before
 
 
 # --- what is public, and has a property ---
@@ -105,7 +107,9 @@ def test_every_public_callable_is_exercised_by_a_property():
 
 
 def test_command_lines():
+    before = fuzz_inputs.TRIED["command_lines"]
     fuzz_inputs.PROPERTIES["command_lines"](15)
+    assert fuzz_inputs.TRIED["command_lines"] >= before + 5
 
 
 class Trap:
