@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from smoothkit import data
-from smoothkit.progress import Progress, say
+from smoothkit.sampling.progress import Progress, say
 
 DIGESTS = Path(__file__).parent / "datasets.json"
 CIFAR10 = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/{}-00000-of-00001.parquet"

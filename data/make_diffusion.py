@@ -28,14 +28,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from smoothbook.denoise import DenoisedClassifier, DiffusionDenoiser, alphas_bar_of, load_diffusion, psnr
+from smoothbook.training import crop_and_flip
+from smoothbook.training.common import check_identity, fill, find_checkpoint, write_checkpoint
+from smoothbook.training.fit import rate_factor
 from smoothkit import Smoothed, data, models
-from smoothkit.certify import certificates
-from smoothkit.certify.cascade import cascade_certificates
-from smoothkit.denoise import DenoisedClassifier, DiffusionDenoiser, alphas_bar_of, load_diffusion, psnr
-from smoothkit.report import certified_accuracy
-from smoothkit.training import crop_and_flip
-from smoothkit.training.common import check_identity, fill, find_checkpoint, write_checkpoint
-from smoothkit.training.fit import rate_factor
+from smoothkit.certify import cascade_certificates, certificates
+from smoothkit.reading import certified_accuracy
 
 HERE = Path(__file__).parent
 STARTERS, BUILD = HERE / "starters", HERE.parent / "runs" / "diffusion"

@@ -10,9 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from smoothbook.settings import RowError
+from smoothbook.tables.make import build, save_starter, train_row
+from smoothbook.tables.settings import Row, load_rows
 from smoothkit import data
-from smoothkit.progress import format_seconds, say
-from smoothkit.rows import Row, RowError, build, load_rows, save_starter, train_row
+from smoothkit.sampling.progress import format_seconds, say
 
 HERE = Path(__file__).parent
 SETTINGS, STARTERS, BUILD = HERE / "pretraining.yaml", HERE / "starters", HERE.parent / "runs" / "pretraining"

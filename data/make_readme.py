@@ -19,11 +19,12 @@ import nbformat
 import pandas as pd
 import torch
 
-from smoothkit import models, plots
+from smoothbook import figures
+from smoothbook.tables.table import kept_tables, open_table, read_rows
+from smoothkit import models
 from smoothkit.certify import certificates
+from smoothkit.reading import format_table, report
 from smoothkit.records import open_record
-from smoothkit.report import format_table, report
-from smoothkit.rows import kept_tables, open_table, read_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -318,7 +319,7 @@ def main() -> None:
     tables = {(record := open_record(HERE / "records" / name)).sigma: certificates(record) for name in RECORDS}
     wanted = {path: filled(path.read_text(), parts) for path, parts in PARTS.items()}
     # the SVG's bytes vary with matplotlib's version; its numbers, in the CSV beside it, do not
-    wanted[FIGURE.with_suffix(".csv")] = plots.certified_accuracy_points(tables).to_csv(index=False)
+    wanted[FIGURE.with_suffix(".csv")] = figures.certified_accuracy_points(tables).to_csv(index=False)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if options.check:
         if stale or not FIGURE.exists():
@@ -330,7 +331,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted[path])
     if FIGURE.with_suffix(".csv") in stale or not FIGURE.exists():
-        plots.print_certified_accuracy(tables, FIGURE)
+        figures.print_certified_accuracy(tables, FIGURE)
 
 
 if __name__ == "__main__":

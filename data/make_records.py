@@ -8,8 +8,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from smoothkit import data, models
-from smoothkit.certify import Smoothed
+from smoothkit import Smoothed, data, models
 from smoothkit.records import compact, open_record
 
 HERE = Path(__file__).parent

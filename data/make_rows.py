@@ -17,32 +17,30 @@ from pathlib import Path
 
 import torch
 
-from smoothkit import data
-from smoothkit.attacks import noisy_logits
-from smoothkit.models import fingerprint
-from smoothkit.progress import format_seconds, say
-from smoothkit.records import open_record
-from smoothkit.rows import (
-    STARTER,
-    Row,
-    RowError,
+from smoothbook.settings import RowError
+from smoothbook.sigma.search import SigmaSearch
+from smoothbook.tables.make import (
     build,
     certified_images,
     certify_row,
     finish,
     keep_row,
-    load_rows,
-    read_card,
     relabel,
     save_classifier,
     save_starter,
     train_row,
 )
-from smoothkit.sigma.search import SigmaSearch
-from smoothkit.sigma.settings import parse_search
-from smoothkit.training import Fitted
+from smoothbook.tables.selectors import parse_search
+from smoothbook.tables.settings import STARTER, Row, load_rows
+from smoothbook.tables.table import read_card
+from smoothbook.training import Fitted
+from smoothbook.training.attacks import noisy_logits
+from smoothkit import data
+from smoothkit.models import fingerprint
+from smoothkit.records import open_record
+from smoothkit.sampling.progress import format_seconds, say
+from smoothkit.sampling.stream import noise_form
 from smoothkit.types import StoppingRule
-from smoothkit.votes import noise_form
 
 HERE = Path(__file__).parent
 STARTERS = HERE / "starters"

@@ -21,8 +21,7 @@ import torch
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from smoothkit import data
-from smoothkit.noise import Purpose, noisy_copies
+from smoothkit import Purpose, data, noisy_copies
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smoothkit.noise import content_digest, image_id, off_grid
+from smoothkit.kernels.philox import content_digest, image_id, off_grid
 
 SOURCES = ("digits", "cifar10", "tiny-imagenet-32", "imagenet", "folder:PATH", "parquet:PATH")
 UNLABELLED = -1

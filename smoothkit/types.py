@@ -2,12 +2,8 @@
 
 import dataclasses
 import html
-import inspect
 import math
-import re
-import types
-import typing
-from collections.abc import Callable, Iterable
+from decimal import ROUND_DOWN, Context, Decimal
 
 import numpy as np
 
@@ -199,52 +195,6 @@ def floor_to(radius: float, digits: int) -> float:
     return float(scaled if scaled <= radius else scaled - 10**-digits)
 
 
-# --- checks of arguments, shared by all who take them ------------------------------------------------
-
-
-def check_type(name: str, wanted: typing.Any, value: typing.Any) -> None:
-    """Whether a value read from YAML or JSON is of a type as annotations have it; a list will do for a tuple.
-
-    Raises
-    ------
-    ValueError
-        Also for a number that is not finite.
-    """
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    plain = [typing.get_origin(t) or t for t in options]
-    also = {float: int, tuple: list}
-    allowed = (*plain, *(also[t] for t in plain if t in also))
-    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, allowed):
-        words = " or ".join("nothing" if t is type(None) else t.__name__ for t in plain)
-        hint = ""
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
-            hint = f"; YAML reads {value} as text, write {float(value)!r}"
-        raise ValueError(f"{name} must be {words}, got {value!r}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"{name} must lie below 2**63, got {value}")
-
-
-def check_keywords(what: str, function: Callable, settings: dict, *, leave_out: Iterable[str] = ()) -> None:
-    """Whether settings read from a file can be the keyword arguments of a function or dataclass, by name and type.
-
-    Raises
-    ------
-    ValueError
-        Names the setting and what there is.
-    """
-    if not isinstance(settings, dict):
-        raise ValueError(f"{what} must map settings to values, got {settings!r}")
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    known = {p.name: p for p in parameters if p.kind in kinds and p.name not in set(leave_out)}
-    for name, value in settings.items():
-        if name not in known:
-            raise ValueError(f"{what}: unknown key {name!r}; there are {', '.join(known)}")
-        check_type(f"{what}: {name}", known[name].annotation, value)
-
-
 def check_alpha(alpha: float | None, name: str = "alpha") -> None:
     if not (isinstance(alpha, (int, float, np.floating)) and 0 < alpha < 1):
         hint = f"; did you mean {1 - alpha / 100:g}?" if isinstance(alpha, (int, float)) and 1 < alpha < 100 else ""
@@ -269,3 +219,17 @@ def check_samples(name: str, n: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
     if n > MOST_SAMPLES:
         raise ValueError(f"{name} must be at most {MOST_SAMPLES:,}, got {n:,}; no bound gains from more")
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def round_down(value: float, digits: int) -> str:
+    """A radius as text with `digits` decimals, rounded down: 0.9996 to three is 0.999.
+
+    Works on the shortest decimal that gives the float back, so what was written once is written again.
+    """
+    if not np.isfinite(value):  # where only one class can be answered, a radius is infinite
+        return repr(float(value))
+    exact = Decimal(repr(float(value)))
+    return str(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN, context=Context(prec=400)))

@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 
-from smoothkit import Smoothed, adapters, data, models, votes
+from smoothbook import adapters
+from smoothbook.training import SPSA, TrainingDiverged, fit, fit_gradient_free
+from smoothkit import Smoothed, data, models
 from smoothkit.certify import certificates
 from smoothkit.records import open_record
-from smoothkit.training import SPSA, TrainingDiverged, fit, fit_gradient_free
+from smoothkit.sampling import stream as votes
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def test_digits_splits_are_fixed_and_disjoint():
 
 
 def test_ids_are_hashes_of_dataset_split_and_key(digits):
-    from smoothkit.noise import image_id
+    from smoothkit.kernels.philox import image_id
 
     assert digits.ids[0] == image_id("digits:test:4")
     assert len(set(digits.ids)) == 360

@@ -1,4 +1,4 @@
-"""Imports go one way, and `import smoothkit` is quick and quiet."""
+"""Imports go one way, `smoothkit` knows nothing of `smoothbook`, and `import smoothkit` is quick and quiet."""
 
 import ast
 import subprocess
@@ -7,90 +7,122 @@ import sys
 import pytest
 from conftest import ROOT
 
-# a module may import those before it
-ORDER = [
-    "types", "kernels", "kernels.noise_cpu", "kernels.noise_triton", "kernels.votes_triton", "noise", "noise_exact",
-    "counting", "data", "networks", "models", "progress", "adapters.base", "adapters.lora", "adapters.bottleneck",
-    "adapters.prompts", "adapters.certifying", "adapters.black_box", "adapters", "attacks", "training.schedules",
-    "training.losses", "training.common", "training.fit", "training.gradient_free", "training", "denoise.chain",
-    "denoise.diffusion", "denoise.trained", "denoise.calibrate", "denoise", "denoise.make",
-    "forward", "batches", "records", "workers", "votes",
-    "bounds", "certify.fixed", "certify.sequential", "certify.cascade", "certify.smoothed", "certify", "certify.scales", "logs",
-    "report", "sigma.distances", "sigma.ledger", "sigma.memory", "sigma.search", "sigma.table", "sigma.certificates",
-    "sigma.sound", "sigma.selectors", "sigma.settings", "sigma.reading", "sigma",
-    "rows", "claims", "sharing", "audit", "plan", "plots", "panels.base", "panels.curve", "panels.compare", "panels.slice",
-    "panels.image", "panels.attack", "panels.memory", "panels.explorer", "panels", "bench.measure", "bench.peers",
-    "bench.parts", "bench.engine", "bench.samples", "bench.sigma", "bench.panels", "bench",
-    "gallery", "workbook", "workshop", "checks", "cli", "__main__",
-]  # fmt: skip
-PANELS = {name for name in ORDER if name.startswith("panels.")}
-# heavy or particular libraries, and the modules named for them
-WITHOUT_TORCH = {
-    "types", "records", "workers", "progress", "bounds", "certify", "certify.fixed", "certify.sequential", "certify.cascade", "logs",
-    "report", "claims", "sharing", "audit", "plots", "panels.base", "panels.curve", "panels.compare", "panels.memory",
-    "panels.explorer", "gallery", "workbook", "workshop", "checks", "sigma.distances", "sigma.ledger", "sigma.memory",
-    "sigma.reading", "sigma.sound", "sigma",
+# a room or module may import those before it, and a module those of its own room that stand before it
+ROOMS = {
+    "smoothkit": ["types", "kernels", "records", "data", "certify", "models", "sampling", "reading", "__main__"],
+    "smoothbook": [
+        "settings", "adapters", "training", "figures", "denoise", "sigma", "tables", "panels", "bench", "runner", "cli",
+    ],
 }  # fmt: skip
-ONLY_IN = {
-    "timm": {"networks", "models", "adapters.bottleneck", "adapters.certifying", "training.fit"},
-    "torch": set(ORDER) - WITHOUT_TORCH,
-    "torchvision": {"data"},
-    "plotly": {"plots", "gallery", *PANELS},
-    "ipywidgets": PANELS,
-    "anywidget": {"panels.base"},
-    "matplotlib": {"plots", "gallery"},
-    "papermill": {"workbook"},
-    "nbconvert": {"gallery", "workbook"},
-    "triton": {"kernels.noise_triton", "kernels.votes_triton"},
-    "numba": {"kernels.noise_cpu"},
-    "art": {"bench.peers"},
-    "diffusers": {"denoise.diffusion"},
-    "peft": {"adapters.lora", "denoise.make"},
-}
+MODULES_OF = {
+    "smoothkit.kernels": ["philox", "noise_numba", "noise_triton", "noise", "noise_exact", "votes_triton", "votes"],
+    "smoothkit.records": ["format", "record", "share"],
+    "smoothkit.certify": ["bounds", "betting", "fixed", "sequential", "cascade", "table"],
+    "smoothkit.models": ["base", "resnet_cifar", "load"],
+    "smoothkit.sampling": ["progress", "workers", "forward", "batches", "stream", "run", "smoothed", "cascade"],
+    "smoothkit.reading": ["accuracy", "intervals", "logs", "alpha", "report", "audit"],
+    "smoothbook.adapters": ["base", "lora", "bottleneck", "prompts", "certifying", "black_box"],
+    "smoothbook.training": ["attacks", "schedules", "losses", "common", "fit", "gradient_free"],
+    "smoothbook.figures": ["style", "show", "pictures", "curves"],
+    "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate"],
+    "smoothbook.sigma": [
+        "distances", "ledger", "memory", "search", "table", "certificates", "sound", "selectors", "reading",
+    ],
+    "smoothbook.tables": ["denoisers", "selectors", "settings", "table", "make", "published", "claims"],
+    "smoothbook.panels": ["base", "curve", "compare", "slice", "image", "attack", "memory", "explorer"],
+    "smoothbook.bench": ["measure", "peers", "plan", "parts", "engine", "samples", "sigma", "panels"],
+    "smoothbook.runner": ["gallery", "run", "workshop", "exercises"],
+}  # fmt: skip
+WHERE = {"smoothkit": ROOT / "smoothkit", "smoothbook": ROOT / "notebooks" / "smoothbook"}
+BOTH = [*(f"smoothkit.{room}" for room in ROOMS["smoothkit"]), *(f"smoothbook.{room}" for room in ROOMS["smoothbook"])]
 
 
 def modules() -> dict[str, ast.Module]:
     found = {}
-    for path in sorted((ROOT / "smoothkit").rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT / "smoothkit").with_suffix("").parts).removesuffix(".__init__")
-        if name != "__init__":
-            found[name] = ast.parse(path.read_text())
+    for package, folder in WHERE.items():
+        for path in sorted(folder.rglob("*.py")):
+            name = ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
     return found
 
 
-def imported(tree: ast.Module, package: str) -> set[str]:
+MODULES: dict[str, ast.Module] = modules()
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Modules and names a module imports, at its head or inside a function."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = f"smoothkit.{node.module}" if node.level else node.module
-            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            assert not node.level, "imports are absolute"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside if inside <= set(MODULES) else {node.module, *inside}
     return names
 
 
-MODULES = modules()
+def room_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def test_nothing_in_smoothkit_imports_smoothbook():
+    """The border: who wants to certify reads smoothkit and needs nothing else."""
+    crossing = {name for name, tree in MODULES.items() if name.startswith("smoothkit")
+                and any(x.split(".")[0] == "smoothbook" for x in imported(tree))}  # fmt: skip
+    assert not crossing
 
 
 def test_every_module_has_its_place():
-    assert set(MODULES) == set(ORDER)
+    placed = {*WHERE, *BOTH, *(f"{room}.{leaf}" for room, leaves in MODULES_OF.items() for leaf in leaves)}
+    assert set(MODULES) == placed
 
 
-@pytest.mark.parametrize("name", ORDER)
+def test_smoothkit_has_eight_rooms():
+    top = {p.stem for p in WHERE["smoothkit"].iterdir() if p.suffix == ".py" or any(p.glob("*.py"))}
+    assert top == {*ROOMS["smoothkit"], "__init__"} and len(top - {"__init__", "__main__"}) == 8
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_go_one_way(name):
-    ours = {x.removeprefix("smoothkit.") for x in imported(MODULES[name], name) if x.startswith("smoothkit.")} & set(
-        ORDER
-    )
-    allowed = set(ORDER[: ORDER.index(name)])
-    if name == "certify":  # the package re-exports its parts
-        allowed |= {"certify.fixed", "certify.sequential", "certify.smoothed"}
-    assert ours - {name} <= allowed, f"{name} imports {sorted(ours - allowed)}"
+    ours = {x for x in imported(MODULES[name]) if x in MODULES} - {name, "smoothkit", "smoothbook"}
+    room = room_of(name)
+    for other in ours:
+        if room_of(other) != room:
+            assert name in WHERE or BOTH.index(room_of(other)) < BOTH.index(room), f"{name} imports {other}"
+        elif name != room:  # a package may import any of its modules; a module those before it, and never its package
+            leaves = MODULES_OF[room]
+            before = leaves[: leaves.index(name.removeprefix(f"{room}."))]
+            assert other.removeprefix(f"{room}.") in before, f"{name} imports {other}"
+
+
+# heavy or particular libraries, and the modules named for them
+ONLY_IN = {
+    "timm": {"smoothkit.models.load", "smoothkit.models.resnet_cifar", "smoothbook.adapters", "smoothbook.training.fit"},
+    "torchvision": {"smoothkit.data"},
+    "triton": {"smoothkit.kernels.noise_triton", "smoothkit.kernels.votes_triton"},
+    "numba": {"smoothkit.kernels.noise_numba"},
+    "plotly": {"smoothbook.figures", "smoothbook.panels", "smoothbook.runner.gallery"},
+    "ipywidgets": {"smoothbook.panels"},
+    "anywidget": {"smoothbook.panels.base"},
+    "matplotlib": {"smoothbook.figures", "smoothbook.runner.gallery"},
+    "papermill": {"smoothbook.runner.run"},
+    "nbconvert": {"smoothbook.runner"},
+    "art": {"smoothbook.bench.peers"},
+    "diffusers": {"smoothbook.denoise.diffusion"},
+    "peft": {"smoothbook.adapters.lora", "smoothbook.tables.denoisers"},
+    "torch": {
+        "smoothkit.kernels", "smoothkit.data", "smoothkit.models", "smoothkit.sampling", "smoothbook.adapters",
+        "smoothbook.training", "smoothbook.denoise", "smoothbook.sigma", "smoothbook.tables", "smoothbook.panels",
+        "smoothbook.bench", "smoothbook.cli",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_libraries_stay_in_their_modules(library):
-    users = {name for name, tree in MODULES.items() if any(x.split(".")[0] == library for x in imported(tree, name))}
-    assert users <= ONLY_IN[library]
+    users = {name for name, tree in MODULES.items() if any(x.split(".")[0] == library for x in imported(tree))}
+    assert all({name, room_of(name)} & ONLY_IN[library] for name in users), users
 
 
 def loaded_after(code: str) -> set[str]:
@@ -107,12 +139,16 @@ def test_import_smoothkit_is_quick_and_quiet():
 
 def test_everything_after_the_votes_works_without_torch():
     code = (
-        "from smoothkit.certify import certificates\n"
-        "from smoothkit.records import open_record\n"
-        "from smoothkit.report import certified_accuracy\n"
+        "from smoothkit import certificates, open_record, types\n"
+        "from smoothkit.reading import certified_accuracy\n"
         f"table = certificates(open_record(r'{ROOT / 'data' / 'records' / 'digits-vit-clean-sigma-0.25'}'), alpha=0.01)\n"
         "assert len(table) == 360 and 0 < certified_accuracy(table, [0.0])[0] < 1\n"
     )
+    assert not {"torch", "timm"} & loaded_after(code)
+
+
+def test_figures_and_pages_of_kept_votes_need_no_torch():
+    code = "import smoothbook.figures, smoothbook.tables.table, smoothbook.runner.gallery, smoothbook.panels.curve"
     assert not {"torch", "timm"} & loaded_after(code)
 
 
@@ -120,6 +156,6 @@ def test_public_names():
     import smoothkit
 
     for name in smoothkit.__all__:
-        assert getattr(smoothkit, name) is not None
+        assert getattr(smoothkit, name) is not None and name in dir(smoothkit)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         smoothkit.nothing  # noqa: B018

@@ -1,46 +1,8 @@
-"""Votes -> certificates. The functions need counts only; `Smoothed`, which samples them, brings torch along."""
+"""From counts to certificates: NumPy and SciPy, no torch, no sampling."""
 
-from typing import TYPE_CHECKING
-
-import pandas as pd
-
-from smoothkit.certify import fixed
+from smoothkit.certify.cascade import cascade_certificates
 from smoothkit.certify.fixed import certify_votes, predict_votes
-from smoothkit.certify.sequential import certify_sequentially, sequential_certificates, sequential_rule
-from smoothkit.records import Record, RecordError
+from smoothkit.certify.sequential import sequential_rule
+from smoothkit.certify.table import certificates
 
-if TYPE_CHECKING:
-    from smoothkit.certify.smoothed import Smoothed
-
-__all__ = ["Smoothed", "certificates", "certify_sequentially", "certify_votes", "predict_votes", "sequential_rule"]
-
-
-def certificates(record: Record, *, alpha: float | None = None, n: int | None = None) -> pd.DataFrame:
-    """Certificates of all complete images of a record, by the rule it was sampled under.
-
-    A record of fixed n can be read at any `alpha`, and at an `n` that is a block edge; see
-    `certify.fixed.certificates`, also for the columns. One that stopped early accepts only its own rule:
-    reading its counts as a fixed sample would take a second look for nothing.
-
-    Raises
-    ------
-    RecordError
-        If another alpha or n is asked of a record that stopped early, or no image is complete yet.
-    """
-    rule = record.stopping_rule
-    if rule.kind == "fixed":
-        return fixed.certificates(record, alpha=alpha, n=n)
-    if alpha not in (None, rule.alpha) or n not in (None, rule.n):
-        raise RecordError(
-            f"{record.path or 'the record'} stopped early by the rule {rule.kind!r} at alpha={rule.alpha:g}; "
-            f"it can be read by that rule only: leave alpha and n out"
-        )
-    return sequential_certificates(record)
-
-
-def __getattr__(name: str):
-    if name == "Smoothed":
-        from smoothkit.certify.smoothed import Smoothed
-
-        return Smoothed
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["cascade_certificates", "certificates", "certify_votes", "predict_votes", "sequential_rule"]

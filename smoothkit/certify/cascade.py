@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from smoothkit.bounds import OUTWARD, clopper_pearson_lower, clopper_pearson_upper
-from smoothkit.records import Record, RecordError
+from smoothkit.certify.bounds import OUTWARD, clopper_pearson_lower, clopper_pearson_upper
+from smoothkit.records.format import RecordError
+from smoothkit.records.record import Record
 from smoothkit.types import ABSTAIN, check_alpha, check_sigma
 
 RULES = ("max", "cascade", "released")

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from smoothkit.bounds import check_reach, clopper_pearson_lower, predict_p_value, radius
-from smoothkit.records import Record, RecordError
+from smoothkit.certify.bounds import check_reach, clopper_pearson_lower, predict_p_value, radius
+from smoothkit.records.format import RecordError
+from smoothkit.records.record import Record
 from smoothkit.types import ABSTAIN, Certificate, Votes, check_alpha, check_sigma
 
 

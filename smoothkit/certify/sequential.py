@@ -14,33 +14,23 @@ is certified, the smallest false one has crossed its own boundary, which happens
 
 To find the radius: the rule `radius` bounds p_A from below at every look and stops when sampling on would lengthen the
 certified radius by no more than a stated precision. Its claim is the largest bound of all looks: that of a confidence
-sequence at alpha / 2 (`bounds.kt_lower`, above p_A at *any* look with probability at most alpha / 2) and, at the last
+sequence at alpha / 2 (`betting.kt_lower`, above p_A at *any* look with probability at most alpha / 2) and, at the last
 look, the Clopper-Pearson bound with the other half. That one is above p_A with probability at most alpha / 2 had
 all n samples been drawn, so no more often if only some images get there. Either fails with probability at most
 alpha, whatever made the sampling stop.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from smoothkit.bounds import (
-    OUTWARD,
-    check_reach,
-    clopper_pearson_count,
-    clopper_pearson_lower,
-    kt_boundaries,
-    kt_lower,
-    kt_upper,
-    radius,
-    radius_cap,
-)
-from smoothkit.records import ESTIMATE, SELECT, Record, RecordError
+from smoothkit.certify.betting import clopper_pearson_count, kt_boundaries, kt_lower, kt_upper
+from smoothkit.certify.bounds import OUTWARD, check_reach, clopper_pearson_lower, radius, radius_cap
+from smoothkit.records.format import RecordError
+from smoothkit.records.record import Record
 from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma, floor_to
 
 OPEN, CERTIFIED, GIVEN_UP = 0, 1, -1
@@ -344,73 +334,3 @@ def _certificate_row(
         "key": image.key,
         "image_id": image.image_id,
     }
-
-
-def certify_sequentially(
-    base_classifier: Callable,
-    images,
-    *,
-    sigma: float,
-    rule: StoppingRule,
-    progress: bool = True,
-    executor: Executor | None = None,
-    **settings,
-) -> Record:
-    """Sample each image until its rule says stop; images still open share the batches.
-
-    Parameters
-    ----------
-    base_classifier, images, sigma, and settings (seed, out, grid, batch, device, model_id) : as in
-        `smoothkit.votes.collect_votes`
-    rule : StoppingRule, from `sequential_rule`
-    executor : concurrent.futures.Executor, optional
-        As in `collect_votes`; the next looks are decided here when all of a round are back.
-
-    Returns
-    -------
-    Record, to be read with `certify.certificates`
-
-    Raises
-    ------
-    ValueError
-        If a radius of the rule is beyond what n_max unanimous votes certify; see `check_rule`.
-    """
-    from smoothkit.progress import Progress
-    from smoothkit.votes import PURPOSES, RecordWriter, Task, announce, check_contents, open_run, run_on
-
-    check_rule(rule, sigma)
-    record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=rule, **settings)
-    check_contents(record, images)
-    known = record.looks().set_index("image_id")
-    counted = [
-        (list(known.at[i, "selection"]), list(known.at[i, "estimation"])) if i in known.index else ([], [])
-        for i in images.ids
-    ]
-    select = list(itertools.pairwise(block_edges(rule.n0)))
-    estimate = list(itertools.pairwise(rule.edges()))
-    announce(stream, len(images) * (rule.n0 + rule.looks[0]), len(images), how="at the least ")
-
-    def next_tasks(candidates: list[int]) -> list[Task]:
-        selecting = [i for i in candidates if len(counted[i][0]) < len(select)]
-        tasks = {i: Task(i, PURPOSES[SELECT], *select[len(counted[i][0])]) for i in selecting}
-        guessed = {i: int(np.sum(counted[i][0], axis=0).argmax()) for i in candidates if i not in tasks}
-        wanted = [i for i, c_a in guessed.items() if not (rule.skip_wrong and c_a != images.labels[i])]
-        successes = [np.cumsum([counts[guessed[i]] for counts in counted[i][1]], dtype=np.int64) for i in wanted]
-        for i, is_open in zip(wanted, still_open(rule, sigma, successes), strict=True):
-            if is_open:
-                tasks[i] = Task(i, PURPOSES[ESTIMATE], *estimate[len(counted[i][1])])
-        return [tasks[i] for i in candidates if i in tasks]
-
-    with (
-        Progress(len(images), f"decisions at sigma {sigma:g}", show=progress) as bar,
-        RecordWriter(record, stream) as writer,
-    ):
-        undecided = list(range(len(images)))
-        while undecided:
-            tasks = next_tasks(undecided)
-            bar.update(len(undecided) - len(tasks))
-            undecided = [task.image for task in tasks]
-            for task, counts, made in run_on(executor, stream, tasks):
-                counted[task.image][task.purpose == PURPOSES[ESTIMATE]].append(counts)
-                writer.add(task, counts, made)
-    return record

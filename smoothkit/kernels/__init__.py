@@ -1,1 +1,5 @@
-"""Faster roads to the same bits, each imported only by the module it speeds up, inside the function that picks the road."""
+"""Noise with the same bits on every device, and vote counting.
+
+`philox` and `noise` hold the format and its reference in NumPy; `noise_numba` and `noise_triton` are faster roads to the
+same bits. `votes` counts; `votes_triton` does it on a CUDA device.
+"""

@@ -1,6 +1,6 @@
-"""The noise of `smoothkit.noise` on a CUDA device, by Triton: the same bits, written where the model reads them.
+"""The noise of `smoothkit.kernels.noise` on a CUDA device, by Triton: the same bits, written where the model reads them.
 
-`smoothkit.noise` explains the format and is the reference. Every float operation is rounded once: multiplications
+`smoothkit.kernels.noise` explains the format and is the reference. Every float operation is rounded once: multiplications
 are not fused with additions (`enable_fp_fusion=False` at the launch), square roots and divisions are the exact
 ones, and what a GPU's instructions or Triton's interpreter would round otherwise (to an integer, to bfloat16) is
 done on the bits.
@@ -14,7 +14,7 @@ from torch import Tensor
 BLOCKS = 256  # pixel blocks, of four values each, that one program makes
 WARPS = 4
 
-# as in smoothkit.noise, highest power first; a program reads them as constants
+# as in smoothkit.kernels.philox, highest power first; a program reads them as constants
 LOG_COEFFICIENTS = (
     0.0697161183, -0.114797339, 0.116854198, -0.124256872, 0.142490581,
     -0.166678026, 0.200007156, -0.24999997, 0.333333313,
@@ -33,7 +33,7 @@ _INTEGERS = tl.constexpr(2.0**23)  # float32 values from here on are integers
 
 @triton.jit
 def _box_muller(radius_word, angle_word):
-    """Two normals from two uint32 words, step by step as in `smoothkit.noise.box_muller`."""
+    """Two normals from two uint32 words, step by step as in `smoothkit.kernels.philox.box_muller`."""
     # -ln u
     bits = (radius_word.to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
     exponent = (bits - _SQRT_HALF_BITS) >> 23
@@ -152,7 +152,7 @@ def noisy_rows_into(
     mean: Tensor | None = None,
     std: Tensor | None = None,
 ) -> None:
-    """Fill `out` as `smoothkit.noise.noisy_rows` says, which has checked the arguments; waits for nothing."""
+    """Fill `out` as `smoothkit.kernels.noise.noisy_rows` says, which has checked the arguments; waits for nothing."""
     batch, channels, height, width = out.shape
     num_pixels, plane = channels * height * width, height * width
     if batch == 0:

@@ -1,4 +1,4 @@
-"""The votes of `smoothkit.counting` on a CUDA device, by Triton.
+"""The votes of `smoothkit.kernels.votes` on a CUDA device, by Triton.
 
 A hundred thousand additions to one counter would queue up, and most rows of a batch do vote alike. So a program
 takes a block of rows and first counts, among themselves, those that vote for one class in one slot; only the first
@@ -60,7 +60,7 @@ def _add_votes_kernel(
 
 
 def add_votes_into(counts: Tensor, logits: Tensor, slots: Tensor) -> None:
-    """`smoothkit.counting.add_votes`, which has checked the arguments, for logits of at most 32 bits."""
+    """`smoothkit.kernels.votes.add_votes`, which has checked the arguments, for logits of at most 32 bits."""
     (num_slots, num_classes), batch = counts.shape, len(logits)
     if batch == 0 or num_slots == 0:
         return

@@ -7,8 +7,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from smoothkit import data, plots
-from smoothkit.panels.curve import certificate_table, read_counts
+from smoothbook import figures
+from smoothbook.panels.curve import certificate_table, read_counts
+from smoothkit import data
 from smoothkit.records import open_record
 
 from .lab import ROOT
@@ -29,7 +30,7 @@ def assert_plotted(figure: dict, counts: dict) -> None:
     alpha, n = figure["meta"]["alpha"], figure["meta"]["n"]
     assert figure["title"] == f"Certified accuracy at alpha = {alpha:.3g}, n = {n:,}"
     for trace, (sigma, c) in zip(figure["data"], counts.items(), strict=True):
-        exact = plots.certified_accuracy_points({sigma: certificate_table(c, alpha=alpha, n=n)})
+        exact = figures.certified_accuracy_points({sigma: certificate_table(c, alpha=alpha, n=n)})
         assert trace["name"] == f"σ = {sigma:g}"
         assert np.allclose(trace["x"], exact["radius"], rtol=1e-12, atol=0)
         assert np.allclose(trace["y"], exact["certified_accuracy"], rtol=1e-12, atol=0)
@@ -220,7 +221,7 @@ def test_a_memory_takes_clicks(notebook):
     """The panel of 30_sigma_selection: a click into the plane is a question, answered by the ball it falls in."""
     cells = nbformat.read(ROOT / "notebooks" / "30_sigma_selection.ipynb", 4).cells
     (panel,) = [cell.source for cell in cells if "MemoryPanel([" in cell.source]
-    imports = "from smoothkit.panels import base as panels\nfrom smoothkit.panels.memory import MemoryPanel"
+    imports = "from smoothbook.panels import base as panels\nfrom smoothbook.panels.memory import MemoryPanel"
     page = notebook("memory.ipynb", cells=(f"{imports}\nfigures_dir = ''", panel))
     page.run_all(200)
     page.page.locator(".smoothkit-figure").first.scroll_into_view_if_needed()

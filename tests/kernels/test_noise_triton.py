@@ -1,7 +1,7 @@
 """The Triton noise has the bits of the NumPy reference: under Triton's interpreter, and it compiles for sm_90.
 
 The interpreter must be chosen before Triton is imported, so this file runs itself in a process of its own. Where
-there is a GPU, tests/test_noise.py compares the compiled kernel too.
+there is a GPU, tests/kernels/test_noise.py compares the compiled kernel too.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from smoothkit import noise
+from smoothkit.kernels import noise, philox
 
 triton = pytest.importorskip("triton", reason="triton is not installed: a CPU makes the noise")
 import triton.language as tl  # noqa: E402
@@ -89,7 +89,7 @@ def box_muller_at_edges() -> None:
     z = torch.full((2, len(words)), torch.nan)
     signed = (torch.from_numpy(x.view(np.int32)) for x in (words, angles))
     pairs_kernel[(1,)](*signed, z[0], z[1], len(words), BLOCK=512)
-    assert same(z, torch.from_numpy(np.stack(noise.box_muller(words, angles))))
+    assert same(z, torch.from_numpy(np.stack(philox.box_muller(words, angles))))
 
 
 def edge_values() -> torch.Tensor:
@@ -116,11 +116,11 @@ def rounding_to_bfloat16() -> None:
 
 def compare(shape: tuple[int, ...], n: int, grid: int, dtype: torch.dtype, layout: str, normalise: bool) -> None:
     images = torch.rand(3, *shape)
-    ids = [noise.counter_word(purpose, image) for purpose, image in ((4, 2**31 + 5), (200, 2**56 - 1), (3, 1))]
+    ids = [philox.counter_word(purpose, image) for purpose, image in ((4, 2**31 + 5), (200, 2**56 - 1), (3, 1))]
     rows = [(i % 4 - 1, ids[i % 3], (2**33 + 250, 2**40 - 1, i)[i % 3]) for i in range(n)]
     rows = torch.tensor(rows, dtype=torch.int64).reshape(n, 3).T.contiguous()
     norm = (torch.linspace(0.1, 0.5, shape[0]), torch.linspace(0.2, 0.3, shape[0])) if normalise else (None, None)
-    given = (images, rows, torch.linspace(0.1, 80, n), noise.signed_bits(2**63 + 7), grid, *norm)
+    given = (images, rows, torch.linspace(0.1, 80, n), philox.signed_bits(2**63 + 7), grid, *norm)
     out = torch.full((n, *shape), torch.nan, dtype=dtype).to(memory_format=LAYOUTS[layout])
     expected = out.clone()
     noisy_rows_into(out, *given)
@@ -207,9 +207,9 @@ def test_compiles_for_sm_90_without_fused_operations(tmp_path):
 
 
 def test_constants_are_those_of_the_reference():
-    assert LOG_COEFFICIENTS == noise.LOG_COEFFICIENTS
-    assert COS_COEFFICIENTS == noise.COS_COEFFICIENTS
-    assert SIN_COEFFICIENTS == noise.SIN_COEFFICIENTS
+    assert LOG_COEFFICIENTS == philox.LOG_COEFFICIENTS
+    assert COS_COEFFICIENTS == philox.COS_COEFFICIENTS
+    assert SIN_COEFFICIENTS == philox.SIN_COEFFICIENTS
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The Triton vote count equals the reference: under Triton's interpreter, and it compiles for sm_90.
 
 The interpreter must be chosen before Triton is imported, so this file runs itself in a process of its own. Where
-there is a GPU, tests/test_counting.py compares the compiled kernel too.
+there is a GPU, tests/kernels/test_votes.py compares the compiled kernel too.
 """
 
 import os
@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_counting import awkward
+from test_votes import awkward
 
-from smoothkit import counting
+from smoothkit.kernels import votes as counting
 
 pytest.importorskip("triton", reason="triton is not installed: plain PyTorch counts")
 

@@ -6,7 +6,17 @@ import time
 
 from results import ROOT, keep
 
-from smoothkit.audit import FAILED, NOT_CHECKED, PASSED, audit
+from smoothbook.settings import RowError
+from smoothbook.tables.make import classifier_of
+from smoothkit.reading import audit
+from smoothkit.reading.audit import FAILED, NOT_CHECKED, PASSED
+
+
+def kept_classifier(record):
+    try:
+        return classifier_of(record)
+    except RowError:  # not stored: the audit says that it is not at hand
+        return None
 
 
 def main() -> None:
@@ -15,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     begin, rows, names = time.perf_counter(), [], collections.Counter()
     for run in sorted((ROOT / "data" / "records").rglob("run.json")):
-        found = audit(run.parent, redraw=options.redraw, seed=0)
+        found = audit(run.parent, base_classifier=kept_classifier(run.parent), redraw=options.redraw, seed=0)
         name = run.parent.relative_to(ROOT / "data" / "records").as_posix()
         left_out = {c.name: c.what for c in found.checks if c.verdict != PASSED}
         drawn = next((c.what for c in found.checks if c.name == "votes drawn again" and c.verdict == PASSED), None)

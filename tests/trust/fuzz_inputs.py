@@ -27,17 +27,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from results import keep, read
 
-from smoothkit import bounds, data, models
-from smoothkit.certify import certificates, certify_votes, predict_votes, sequential_rule
+from smoothbook.bench.plan import plan
+from smoothbook.cli import main as command
+from smoothkit import Purpose, data, models, noisy_copies
+from smoothkit.certify import betting, bounds, certificates, certify_votes, predict_votes, sequential_rule
 from smoothkit.certify.cascade import cascade_classes, cascade_radii, certify_cascade
 from smoothkit.certify.sequential import boundaries, claims
-from smoothkit.cli import main as command
-from smoothkit.counting import add_votes, count_votes_reference
-from smoothkit.noise import Purpose, noisy_copies, standard_normal, standard_normal_reference
-from smoothkit.plan import plan
-from smoothkit.records import Identity, RecordError, Row, create_record, open_record
-from smoothkit.report import average_certified_radius, certified_accuracy, format_table
-from smoothkit.sharing import merge, pack
+from smoothkit.kernels.noise import standard_normal, standard_normal_reference
+from smoothkit.kernels.votes import add_votes, count_votes_reference
+from smoothkit.reading import average_certified_radius, certified_accuracy, format_table
+from smoothkit.records import Identity, RecordError, Row, create_record, merge, open_record, pack
 from smoothkit.types import ABSTAIN, StoppingRule, Votes, floor_to
 
 REFUSED = (ValueError, OSError)
@@ -102,8 +101,10 @@ def radius_is_never_negative(p, sigma):
 
 @holds(st.integers(-1, 500), st.integers(200, 2_000), alphas)
 def confidence_sequence_below_clopper_pearson(h, t, alpha):
-    low = float(bounds.kt_lower(h, t, alpha))
-    assert 0 <= low <= float(bounds.clopper_pearson_lower(h, t, alpha)) and float(bounds.kt_upper(h, t, alpha)) >= h / t
+    low = float(betting.kt_lower(h, t, alpha))
+    assert (
+        0 <= low <= float(bounds.clopper_pearson_lower(h, t, alpha)) and float(betting.kt_upper(h, t, alpha)) >= h / t
+    )
 
 
 @holds(st.integers(-2, 500), st.integers(-2, 500))

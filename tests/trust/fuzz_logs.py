@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from slow_logs import slow_read
 
-from smoothkit.logs import LogError, read_log
+from smoothkit.reading import LogError, read_log
 
 SECONDS = 20  # after which reading a log of a few lines counts as a hang
 LOGS = [

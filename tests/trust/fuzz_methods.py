@@ -25,48 +25,25 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from traitlets import TraitError
 
-from smoothkit import (
-    Certificate,
-    Smoothed,
-    adapters,
-    attacks,
-    bounds,
-    checks,
-    claims,
-    data,
-    denoise,
-    logs,
-    models,
-    noise_exact,
-    plots,
-    training,
-    workbook,
-)
-from smoothkit import plan as planning
-from smoothkit import rows as tables
-from smoothkit.adapters.base import read_config
-from smoothkit.audit import FAILED, PASSED, audit
-from smoothkit.certify import certificates, certify_sequentially, sequential_rule
-from smoothkit.certify.cascade import alpha_per_statement, cascade_certificates, error_rates, fast_predict
-from smoothkit.certify.scales import sample_cascade
-from smoothkit.certify.sequential import CERTIFIED, boundaries, decide, sequential_certificates
-from smoothkit.denoise.make import check_settings
-from smoothkit.noise import Purpose, noisy_rows, road
-from smoothkit.panels.attack import AttackPanel
-from smoothkit.panels.compare import ComparePanel
-from smoothkit.panels.curve import CurvePanel, curve_frames, read_counts
-from smoothkit.panels.explorer import Explorer
-from smoothkit.panels.image import ImagePanel
-from smoothkit.panels.memory import MemoryPanel
-from smoothkit.panels.slice import SlicePanel
-from smoothkit.records import Identity, Row, create_record
-from smoothkit.report import about_records, certified_accuracy_interval, cohen_log, cohen_tables, envelope, report
-from smoothkit.sigma.certificates import frozen_certificates
-from smoothkit.sigma.distances import distances, exact_squared_distance, inside, nearest
-from smoothkit.sigma.ledger import Ledger
-from smoothkit.sigma.memory import RULES, Memory, settle
-from smoothkit.sigma.reading import accuracy_by_reading, best_of_grid, three_radii, through_memory
-from smoothkit.sigma.search import (
+from smoothbook import adapters, denoise, figures, training
+from smoothbook.adapters.base import read_config
+from smoothbook.bench import plan as planning
+from smoothbook.panels.attack import AttackPanel
+from smoothbook.panels.compare import ComparePanel
+from smoothbook.panels.curve import CurvePanel, curve_frames, read_counts
+from smoothbook.panels.explorer import Explorer
+from smoothbook.panels.image import ImagePanel
+from smoothbook.panels.memory import MemoryPanel
+from smoothbook.panels.slice import SlicePanel
+from smoothbook.runner import exercises as checks
+from smoothbook.runner import run as workbook
+from smoothbook.runner.workshop import write_workshop
+from smoothbook.sigma.certificates import frozen_certificates
+from smoothbook.sigma.distances import distances, exact_squared_distance, inside, nearest
+from smoothbook.sigma.ledger import Ledger
+from smoothbook.sigma.memory import RULES, Memory, settle
+from smoothbook.sigma.reading import accuracy_by_reading, best_of_grid, three_radii, through_memory
+from smoothbook.sigma.search import (
     ClampedRadius,
     FiniteSampleRadius,
     PilotNoise,
@@ -76,22 +53,48 @@ from smoothkit.sigma.search import (
     search_sigma,
     soft_probabilities,
 )
-from smoothkit.sigma.selectors import NearestPrototype, prototypes_by_sigma
-from smoothkit.sigma.settings import check_selector, parse_search, parse_table
-from smoothkit.sigma.sound import min_rule
-from smoothkit.training.gradient_free import image_slopes, slopes
-from smoothkit.training.schedules import draw_noise
+from smoothbook.sigma.selectors import NearestPrototype, prototypes_by_sigma
+from smoothbook.sigma.sound import min_rule
+from smoothbook.tables import claims, make, settings
+from smoothbook.tables import table as tables
+from smoothbook.tables.denoisers import check_settings
+from smoothbook.tables.published import cohen_log, cohen_tables
+from smoothbook.tables.selectors import check_selector, parse_search, parse_table
+from smoothbook.training import attacks
+from smoothbook.training.gradient_free import image_slopes, slopes
+from smoothbook.training.schedules import draw_noise
+from smoothkit import Purpose, Smoothed, data, models
+from smoothkit.certify import betting, bounds, cascade_certificates, certificates, sequential_rule
+from smoothkit.certify.cascade import alpha_per_statement, error_rates, fast_predict
+from smoothkit.certify.sequential import CERTIFIED, boundaries, decide, sequential_certificates
+from smoothkit.kernels import noise_exact
+from smoothkit.kernels.noise import noisy_rows, road
+from smoothkit.reading import (
+    about_records,
+    alpha,
+    audit,
+    certified_accuracy_interval,
+    envelope,
+    intervals,
+    logs,
+    report,
+)
+from smoothkit.reading.audit import FAILED, PASSED
+from smoothkit.records import Identity, Row, create_record
+from smoothkit.sampling.cascade import sample_cascade
+from smoothkit.sampling.run import certify_sequentially, collect_votes
+from smoothkit.sampling.stream import VoteStream
 from smoothkit.types import (
     ABSTAIN,
+    Certificate,
     StoppingRule,
     block_edges,
     check_alpha,
     check_samples,
     check_sigma,
     check_within,
+    round_down,
 )
-from smoothkit.votes import VoteStream, collect_votes
-from smoothkit.workshop import write_workshop
 
 # --- what goes in --------------------------------------------------------------------------------------
 
@@ -257,16 +260,16 @@ def fewest_samples_that_let_predict_answer(alpha):
     alphas,
 )
 def boundaries_of_the_wealth(looks, p_r, alpha, beta):
-    up, down = bounds.kt_boundaries(looks, p_r, alpha, beta)
+    up, down = betting.kt_boundaries(looks, p_r, alpha, beta)
     assert (up > down).all() and (up >= 1).all() and (up <= np.array(looks) + 1).all()
     enough = up <= looks
-    proved = bounds.log_wealth_above(up[enough], np.array(looks)[enough], p_r)
+    proved = betting.log_wealth_above(up[enough], np.array(looks)[enough], p_r)
     assert (proved >= -math.log(alpha)).all()
 
 
 @holds(wholes, mostly(st.floats(0.1, 0.99), shares), alphas)
 def fewest_successes_for_clopper_pearson(n, p_r, alpha):
-    k = int(bounds.clopper_pearson_count(n, p_r, alpha))
+    k = int(betting.clopper_pearson_count(n, p_r, alpha))
     assert 0 < k <= n + 1 and (k == n + 1 or bounds.clopper_pearson_lower(k, n, alpha) >= p_r * (1 - 1e-9))
 
 
@@ -281,7 +284,7 @@ boundaries_of_a_test = mostly(
 @holds(boundaries_of_a_test, mostly(st.floats(0, 1), shares))
 def chances_of_decisions_sum_to_one(test, p):
     looks, up, down = test
-    found = bounds.decision_probabilities(looks, up, down, p)
+    found = betting.decision_probabilities(looks, up, down, p)
     assert abs(found["certified"] + found["rejected"] + found["undecided"] - 1) < 1e-9
     assert 0 <= found["draws"] <= (looks[-1] if looks else 0) * (1 + 1e-12)
 
@@ -654,7 +657,7 @@ def certificates_at_frozen_sigmas(sigma, n, alpha):
 def streams_of_votes(settings, sigma):
     two = patches().take("first:2")
     stream = VoteStream(Halves(), two, **{"sigma": sigma, "seed": 1, "grid": 255, **settings})
-    from smoothkit.votes import Task
+    from smoothkit.sampling.batches import Task
 
     ((_, counts, _),) = stream.run([Task(1, Purpose.PREDICT, 0, 20)])
     assert counts.sum() <= 20 and len(counts) == 2
@@ -1391,7 +1394,7 @@ def diffusion_folders_of_any_json(unet, scheduler, weights, side_by_side):
 # --- tables of rows, claims ----------------------------------------------------------------------------
 
 ROW = {"name": "a", "sigma": 0.25, "method": "lora", "epochs": 1, "adapter": {"rank": 2}}
-ROW_KEYS = tuple(f.name for f in dataclasses.fields(tables.Row))
+ROW_KEYS = tuple(f.name for f in dataclasses.fields(settings.Row))
 OF_ADAPTERS = ("rank", "members", "encoder", "objective", "attack", "epsilon", "kind", "sigmas", "dncnn", "a", "copies")
 row_values = st.one_of(
     scalars,
@@ -1424,7 +1427,7 @@ def as_yaml(content) -> str:
 def tables_of_any_yaml(content, variant):
     with folder() as place:
         (place / "t.yaml").write_text(content, encoding="utf-8")
-        found = tables.load_rows(place / "t.yaml", variant)
+        found = settings.load_rows(place / "t.yaml", variant)
         assert all(0 < row.sigma <= 20 for row in found) and len({row.name for row in found}) == len(found)
         assert all(row.training_digest({r.name: r for r in found}) for row in found)
 
@@ -1459,7 +1462,7 @@ def cards_of_any_json(content, radii):
         shown = tables.read_rows(place, radii)
         assert len(shown) == 1 and len(tables.format_rows(shown, radii)) == 1
         row, _ = tables.read_card(place / "a")
-        assert isinstance(row, tables.Row)
+        assert isinstance(row, settings.Row)
         assert tables.read_certificates(place) or shown["problem"][0]
 
 
@@ -1470,18 +1473,18 @@ def cards_of_any_json(content, radii):
 )
 def rows_built_trained_and_certified(changed, method):
     """A row of any settings on the small base: its classifier, its training on eight images, its votes."""
-    row = tables.Row(**{"name": "a", "sigma": 0.25, "epochs": 1, "batch": 4, "n": 20, "method": method} | changed)
+    row = settings.Row(**{"name": "a", "sigma": 0.25, "epochs": 1, "batch": 4, "n": 20, "method": method} | changed)
     if (
         max(row.epochs, row.n0 / 100, row.n / 100, row.batch / 100) > 9
         or row.denoiser
         or row.search
-        or row.base != tables.Row.base
+        or row.base != settings.Row.base
     ):
         return
     with refused(training.TrainingDiverged):
-        trained = tables.train_row(row, eight(), base=vit(), progress=False).model
-    assert type(tables.build(row, vit(), image_shape=(1, 8, 8))) is type(trained)
-    record = tables.certify_row(row, trained, eight().take("first:2"), progress=False, batch=64)
+        trained = make.train_row(row, eight(), base=vit(), progress=False).model
+    assert type(make.build(row, vit(), image_shape=(1, 8, 8))) is type(trained)
+    record = make.certify_row(row, trained, eight().take("first:2"), progress=False, batch=64)
     assert len(certificates(record)) == 2
 
 
@@ -1494,13 +1497,13 @@ def classifiers_of_kept_rows(table, name):
     """The stored classifier, or why there is none; what a row was trained from is there whenever the row is."""
     found, place = tables.open_table(table)
     with contextlib.suppress(KeyError):
-        tables.load_base(found, place, found[name])
-    assert isinstance(tables.load_classifier(found, place, name), models.BaseClassifier)
+        make.load_base(found, place, found[name])
+    assert isinstance(make.load_classifier(found, place, name), models.BaseClassifier)
 
 
 @holds(mostly(st.integers(0, 50), wholes), mostly(st.integers(50, 99), wholes), mostly(st.just(0.95), shares))
 def wilson_intervals(k, n, level):
-    low, high = tables.wilson_interval(k, n, level)
+    low, high = intervals.wilson_interval(k, n, level)
     assert 0 <= low <= high <= 1 and low <= k / n * (1 + 1e-9) and k / n <= high * (1 + 1e-9)
 
 
@@ -1513,10 +1516,10 @@ def wilson_intervals(k, n, level):
     mostly(st.just(0), small),
 )
 def paired_differences(table, other, radii, level, draws, seed):
-    found = tables.paired_bootstrap(table, other, radii, level=level, draws=draws, seed=seed)
+    found = intervals.paired_bootstrap(table, other, radii, level=level, draws=draws, seed=seed)
     assert len(found) == len(set(map("{:g}".format, radii))) + 1
     assert (found["low"] <= found["high"]).all() and not found[["difference", "low", "high"]].isna().any(axis=None)
-    against = tables.compare({"a": table, "b": other}, "b", radii, draws=draws, seed=seed)
+    against = intervals.compare({"a": table, "b": other}, "b", radii, draws=draws, seed=seed)
     assert set(against["verdict"]) <= {"above", "below", "not told apart"}
 
 
@@ -1556,7 +1559,7 @@ def claims_of_a_table(name):
     mostly(st.just(0.95), shares),
 )
 def intervals_of_paired_proportions(gained, lost, n, level):
-    low, high = claims.paired_difference_interval(gained, lost, n, level)
+    low, high = intervals.paired_difference_interval(gained, lost, n, level)
     assert low <= high and math.isfinite(low) and math.isfinite(high)
 
 
@@ -1609,12 +1612,12 @@ def logs_written_and_read(table, sigma, n, claimed):
         assert (again["predict"].to_numpy() == table["predict"].to_numpy()).all()
         assert (again["radius"][kept] <= table["radius"][kept]).all()
         assert (again["radius"][kept] >= table["radius"][kept] - 1e-6).all()
-    assert logs.infer_alpha(table, sigma, n, claimed).text
+    assert alpha.infer_alpha(table, sigma, n, claimed).text
 
 
 @holds(odd_floats(), st.one_of(st.integers(0, 9), small))
 def radii_as_text(value, digits):
-    text = logs.round_down(value, digits)
+    text = round_down(value, digits)
     assert math.isnan(value) or abs(float(text)) <= abs(value)
 
 
@@ -1707,17 +1710,19 @@ def exercises_with_any_answer(name, value):
     share=0.1,
 )
 def figures_of_any_table(found, radii, bins, best):
-    points = plots.certified_accuracy_points(found, radii=radii, envelope=best)
+    points = figures.certified_accuracy_points(found, radii=radii, envelope=best)
     assert points["certified_accuracy"].between(0, 1).all()
-    for fig in (plots.certified_accuracy_curve(found, envelope=best), plots.radius_histogram(found, bins=bins)):
+    for fig in (figures.certified_accuracy_curve(found, envelope=best), figures.radius_histogram(found, bins=bins)):
         assert fig.data and "nan" not in fig.layout.title.text.lower()
 
 
 @holds(st.one_of(sigmas, names))
 def looks_of_a_sigma(sigma):
-    assert plots.sigma_label(sigma)
+    assert figures.sigma_label(sigma)
     if not isinstance(sigma, str):
-        assert plots.sigma_colour(sigma) == plots.sigma_style(sigma).colour and len(plots.sigma_colour(sigma)) == 7
+        assert (
+            figures.sigma_colour(sigma) == figures.sigma_style(sigma).colour and len(figures.sigma_colour(sigma)) == 7
+        )
 
 
 @holds(
@@ -1727,7 +1732,7 @@ def looks_of_a_sigma(sigma):
     mostly(st.just(12), small),
 )
 def figures_of_any_votes(counts, class_names, n, most):
-    fig = plots.votes_figure(counts, class_names, n, most=most)
+    fig = figures.votes_figure(counts, class_names, n, most=most)
     assert all(0 <= y <= 1 for y in fig.data[0].y)
 
 
@@ -1739,7 +1744,7 @@ def figures_of_any_votes(counts, class_names, n, most):
     mostly(st.none(), small),
 )
 def grids_of_any_images(images, captions, columns):
-    assert len(plots.image_grid(images, captions, columns).data) == len(images)
+    assert len(figures.image_grid(images, captions, columns).data) == len(images)
 
 
 @holds(
@@ -1749,10 +1754,10 @@ def grids_of_any_images(images, captions, columns):
 )
 def figures_of_training_and_differences(table, epochs):
     with contextlib.suppress(ValueError):
-        assert plots.training_curves(epochs).data
-    found = tables.compare({"a": table, "b": table}, "b", draws=20)
-    fig = plots.difference_figure(found, "b")
-    plots.dress(fig, "title", "x", "y")
+        assert figures.training_curves(epochs).data
+    found = intervals.compare({"a": table, "b": table}, "b", draws=20)
+    fig = figures.difference_figure(found, "b")
+    figures.dress(fig, "title", "x", "y")
     assert fig.data and fig.layout.title.text
 
 

@@ -26,8 +26,12 @@ import numpy as np
 import torch
 from results import keep
 
-from smoothkit import cli, data, records, votes
+from smoothbook import cli
+from smoothkit import data
 from smoothkit.records import Record, RecordError, open_record
+from smoothkit.records import record as records
+from smoothkit.sampling import batches
+from smoothkit.sampling import run as sampling_run
 from smoothkit.types import StoppingRule
 
 RULE = StoppingRule(n0=100, n=1_500, alpha=0.001)
@@ -55,13 +59,13 @@ class Drawn:
 
     def __init__(self) -> None:
         self._shared = mmap.mmap(-1, 8)
-        step = votes.Step.__call__
+        step = batches.Step.__call__
 
         def counted(self_, plan, first_task):
             step(self_, plan, first_task)
             self._shared[:] = struct.pack("<q", self.samples + plan.used)
 
-        votes.Step.__call__ = counted
+        batches.Step.__call__ = counted
 
     @property
     def samples(self) -> int:
@@ -70,7 +74,7 @@ class Drawn:
 
 def certify(out: Path, pause: float = PAUSE) -> Record:
     """The small run."""
-    return votes.collect_votes(
+    return sampling_run.collect_votes(
         Slow(pause), data.load("digits", subset=f"first:{IMAGES}"), sigma=0.25, stopping_rule=RULE, out=out,
         batch=100, compile=False, progress=False,
     )  # fmt: skip

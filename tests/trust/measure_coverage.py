@@ -20,16 +20,15 @@ from results import keep
 from scipy import optimize, special, stats
 from torch import nn
 
-from smoothkit import Smoothed, data, models
-from smoothkit.attacks import into_ball, norms, soft_smoothed_loss
-from smoothkit.bounds import clopper_pearson_lower, clopper_pearson_upper, decision_probabilities
-from smoothkit.certify import certificates, sequential_rule
+from smoothbook.sigma.selectors import SmoothedSelector, sound_certificates
+from smoothbook.training.attacks import into_ball, norms, soft_smoothed_loss
+from smoothkit import Purpose, Smoothed, data, models, noisy_copies
+from smoothkit.certify import certificates, predict_votes, sequential_rule
+from smoothkit.certify.betting import decision_probabilities
+from smoothkit.certify.bounds import clopper_pearson_lower, clopper_pearson_upper
 from smoothkit.certify.cascade import cascade_radii, certify_cascade
-from smoothkit.certify.fixed import predict_votes
 from smoothkit.certify.sequential import boundaries, claims
-from smoothkit.noise import Purpose, noisy_copies
 from smoothkit.records import ESTIMATE, SELECT, Identity, Record, Row, open_record
-from smoothkit.sigma.selectors import SmoothedSelector, sound_certificates
 from smoothkit.types import ABSTAIN, StoppingRule, Votes, block_edges
 
 FALSE_ALARM = 1e-6

@@ -11,7 +11,7 @@ FOLDER = ROOT / "data" / "trust"
 
 def keep(name: str, begin: float, about: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Write a result with machine, versions, the command that makes it and the seconds since `begin` (perf_counter)."""
-    from smoothkit.bench.measure import circumstances  # seconds of imports, that children need not wait for
+    from smoothbook.bench.measure import circumstances  # seconds of imports, that children need not wait for
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

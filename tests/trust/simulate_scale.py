@@ -18,10 +18,10 @@ import torch
 from results import keep
 from torch import nn
 
-from smoothkit import votes
 from smoothkit.certify import certificates
 from smoothkit.data import Images
 from smoothkit.records import open_record
+from smoothkit.sampling import run as sampling_run
 from smoothkit.types import StoppingRule
 
 CLASSES = 10
@@ -77,7 +77,7 @@ def simulate(number: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out, executor = Path(folder) / "r", Drawn()
         before, begin = _peak(), time.process_time()
-        votes.collect_votes(
+        sampling_run.collect_votes(
             Nothing(), images_of(number), sigma=0.25, stopping_rule=RULE, out=out, progress=False, executor=executor,
             compile=False,
         )  # fmt: skip

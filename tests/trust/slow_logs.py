@@ -1,4 +1,4 @@
-"""A slow reader of certification logs, written from the format alone, to compare `smoothkit.logs` with.
+"""A slow reader of certification logs, written from the format alone, to compare `smoothkit.reading.logs` with.
 
 It knows no pandas and no NumPy: it goes line by line and returns (idx, label, predict, radius, correct) tuples, radius None
 in a log of predictions, or None where a log should be refused.

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from smoothbook.cli import main
 from smoothkit import Smoothed, data
-from smoothkit.audit import FAILED, NOT_CHECKED, PASSED, audit, votes_apart
-from smoothkit.cli import main
+from smoothkit.reading import audit
+from smoothkit.reading.audit import FAILED, NOT_CHECKED, PASSED, votes_apart
 from smoothkit.records import Row, compact, create_record, open_record
 
 

@@ -7,7 +7,8 @@ from conftest import ROOT
 from inject_faults import FAULTS, run, trial
 from results import read
 
-from smoothkit import records
+from smoothkit.records import format
+from smoothkit.records import record as records
 
 
 def test_faults_of_every_kind_are_survived(tmp_path):
@@ -21,7 +22,7 @@ def test_the_harness_notices_what_is_lost(tmp_path, monkeypatch):
     from inject_faults import Bench, certify, counts
 
     bench = Bench(tmp_path, seed=0)
-    monkeypatch.setattr(records, "_digest_of_line", lambda line: "0" * 16)
+    monkeypatch.setattr(format, "_digest_of_line", lambda line: "0" * 16)
 
     def forged(bench, out):
         writer = certify(bench.folder / "source")  # a journal as a killed run leaves it, with one vote moved
@@ -29,7 +30,7 @@ def test_the_harness_notices_what_is_lost(tmp_path, monkeypatch):
         first = next(iter(writer.rows().to_dict("records")))
         moved = (*first["counts"][:-2], first["counts"][-1], first["counts"][-2])
         moved = moved if moved != first["counts"] else tuple(reversed(first["counts"]))
-        record.journal().add(records.Row(**{**first, "counts": moved}), {})
+        record.journal().add(format.Row(**{**first, "counts": moved}), {})
         return 0, None
 
     assert counts(certify(tmp_path / "again")) == bench.expected
@@ -40,15 +41,15 @@ def test_a_journal_that_was_damaged_is_named(tmp_path):
     from inject_faults import certify
 
     record = certify(tmp_path / "r")
-    journal, row = record.journal(), records.Row(**record.rows().to_dict("records")[0])
+    journal, row = record.journal(), format.Row(**record.rows().to_dict("records")[0])
     journal.add(row, {"compute_batch": 100})
     journal.add(row, {"compute_batch": 100})
     whole = journal.path.read_bytes()
     assert len(record.rows()) == 20 and record.provenance()[-1] == {"compute_batch": 100}
     journal.path.write_bytes(whole[:-5])  # the last line was being written
-    assert len(records.read_journal(journal.path)) == 1
+    assert len(format.read_journal(journal.path)) == 1
     journal.path.write_bytes(whole.replace(b"image_id", b"image_ie", 1))
-    with pytest.raises(records.RecordError, match=re.escape(f"{journal.path.name} is damaged at line 1")):
+    with pytest.raises(format.RecordError, match=re.escape(f"{journal.path.name} is damaged at line 1")):
         record.rows()
     journal.clear()
     assert not journal.path.exists() and len(record.rows()) == 20
@@ -62,7 +63,7 @@ def test_a_run_killed_before_its_description_was_there(tmp_path):
     assert len(certify(tmp_path / "r", pause=0).rows()) == 20
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(records.RecordError, match="exists and is no record"):
+    with pytest.raises(format.RecordError, match="exists and is no record"):
         certify(tmp_path / "other")
 
 

@@ -14,7 +14,8 @@ import pytest
 from fuzz_logs import difference, fuzz_logs
 from results import read
 
-from smoothkit import data, logs, models
+from smoothkit import data, models
+from smoothkit.reading import logs
 from smoothkit.records import RecordError, create_record, open_record
 
 
@@ -50,7 +51,11 @@ WITHOUT_PROPERTY = {
     "certified_accuracy_print": "matplotlib's drawing of the points that have one, and slow",
     "Live": "the same, for a figure that changes while something runs",
 }
-PACKAGES = ("smoothkit", *(f"smoothkit.{part}" for part in ("adapters", "certify", "denoise", "training")))
+PACKAGES = (
+    "smoothkit",
+    "smoothkit.certify",
+    *(f"smoothbook.{part}" for part in ("adapters", "denoise", "training")),
+)
 
 
 def public_callables() -> set[tuple[str, str]]:
@@ -70,7 +75,7 @@ def public_callables() -> set[tuple[str, str]]:
     imported = {
         alias.asname or alias.name: (node.module, alias.name)
         for node in nodes
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "smoothkit"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("smoothkit", "smoothbook")
         for alias in node.names
     }
     modules = {name: _look_up(*where) for name, where in imported.items()}
@@ -102,7 +107,7 @@ def test_every_public_callable_is_exercised_by_a_property():
     public = public_callables()
     assert len(public) > 150 and ("smoothkit.certify", "certificates") in public
     # one property takes every check of an exercise, by the beginning of its name
-    left = {name for module, name in public if name not in used and module != "smoothkit.checks"}
+    left = {name for module, name in public if name not in used and module != "smoothbook.runner.exercises"}
     assert left == set(WITHOUT_PROPERTY)
 
 

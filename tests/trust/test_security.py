@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from smoothkit import gallery
+from smoothbook.runner import gallery
 
 EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'</script>"
 

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT
 from inject_faults import Slow
 
-from smoothkit import Smoothed, data, models, votes
-from smoothkit.cli import main
+from smoothbook.cli import main
+from smoothkit import Smoothed, data, models
 from smoothkit.records import open_record
-from smoothkit.workers import WorkersLost, gpu_pool, spread
+from smoothkit.sampling import stream as votes
+from smoothkit.sampling.workers import WorkersLost, gpu_pool, spread
 
 
 def counts(record):
@@ -121,7 +122,7 @@ def cluster():
     """Two worker processes, and one that replaces any that dies."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "trust"), os.environ.get("PYTHONPATH", "")])
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["distributed", "smoothkit.votes", "inject_faults"]
+        ["distributed", "smoothkit.sampling.run", "inject_faults"]
     )
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"

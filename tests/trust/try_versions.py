@@ -2,7 +2,7 @@
 
 The lowest ones go into an environment of their own, made by uv (as many GB as the usual one); `--lowest FOLDER` takes one
 that is there. `--tests` names some of the tests where all are too long, and any other option is pytest's, as
-`--ignore=tests/test_notebooks.py`; what was run is kept with the result.
+`--ignore=tests/book/test_notebooks.py`; what was run is kept with the result.
 """
 
 import argparse

@@ -1,0 +1,62 @@
+"""Figures of certificates and votes: what notebooks draw."""
+
+from smoothbook.figures.curves import (
+    ENVELOPE,
+    certified_accuracy_curve,
+    certified_accuracy_points,
+    certified_accuracy_print,
+    difference_figure,
+    print_certified_accuracy,
+    radius_histogram,
+    training_curves,
+    votes_figure,
+    votes_trace,
+)
+from smoothbook.figures.pictures import image_grid
+from smoothbook.figures.show import (
+    PLOTLY_CONFIG,
+    PLOTLY_JS,
+    PLOTLY_MIME,
+    Live,
+    ensure_plotly_js,
+    figure_numbers,
+    keep,
+    plotly_div,
+    save_print,
+    script_json,
+    show,
+    show_print,
+)
+from smoothbook.figures.style import RADIUS_AXIS, Style, dress, sigma_colour, sigma_label, sigma_style
+
+__all__ = [
+    "ENVELOPE",
+    "PLOTLY_CONFIG",
+    "PLOTLY_JS",
+    "PLOTLY_MIME",
+    "RADIUS_AXIS",
+    "Live",
+    "Style",
+    "certified_accuracy_curve",
+    "certified_accuracy_points",
+    "certified_accuracy_print",
+    "difference_figure",
+    "dress",
+    "ensure_plotly_js",
+    "figure_numbers",
+    "image_grid",
+    "keep",
+    "plotly_div",
+    "print_certified_accuracy",
+    "radius_histogram",
+    "save_print",
+    "script_json",
+    "show",
+    "show_print",
+    "sigma_colour",
+    "sigma_label",
+    "sigma_style",
+    "training_curves",
+    "votes_figure",
+    "votes_trace",
+]

@@ -1,0 +1,206 @@
+"""Figures on their way to a reader: shown in a notebook, kept with their numbers, written as pages and for print."""
+
+import html
+import io
+import itertools
+import json
+import os
+import re
+import textwrap
+import uuid
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from plotly.offline import get_plotlyjs
+
+from smoothbook.figures.style import _FONT
+
+PLOTLY_JS = "plotly.min.js"
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+# plotly 7 puts a button on every figure that uploads it to a cloud service; ours stay here
+PLOTLY_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}
+_saved = itertools.count(1)  # the gallery shows figures in the order in which they were made
+
+
+# --- showing and keeping -----------------------------------------------------------------------------
+
+
+class Live:
+    """A figure drawn again in place while something runs: `update` at will, then `show(..., live=it)` to keep the last.
+
+    In a plain script `update` draws nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handle = None
+
+    def update(self, fig: go.Figure, caption: str = "") -> None:
+        from IPython import get_ipython
+        from IPython.display import display
+
+        caption = caption or _plain(fig.layout.title.text or "figure")
+        shown = {**json.loads(fig.to_json()), "config": PLOTLY_CONFIG}
+        bundle = {PLOTLY_MIME: shown, "text/plain": f"[figure: {caption}]"}
+        if self._handle is not None:
+            self._handle.update(bundle, raw=True)
+        elif get_ipython() is not None:
+            self._handle = display(bundle, raw=True, display_id=True)
+
+
+def show(
+    fig: go.Figure,
+    name: str,
+    table: pd.DataFrame | None = None,
+    *,
+    figures_dir: str | Path = "",
+    caption: str = "",
+    live: Live | None = None,
+) -> None:
+    """Show a figure in the notebook, in place of what `live` drew if given, and keep it with its numbers in a folder.
+
+    Writes `<name>.html` (drawn by one `plotly.min.js` shared in the folder), `<name>.csv` (the numbers: `table`, or
+    what the traces hold) and `<name>.json` (title, caption and the figure, for the gallery).
+    """
+    caption = caption or _plain(fig.layout.title.text or name)
+    if live is None:
+        bundle = json.loads(fig.to_json())
+        _display({PLOTLY_MIME: {**bundle, "config": PLOTLY_CONFIG}, "text/plain": f"[figure: {caption}]"})
+    else:
+        live.update(fig, caption)
+    if str(figures_dir):
+        keep(fig, name, table, figures_dir=figures_dir, caption=caption)
+
+
+def keep(
+    fig: go.Figure | Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path, caption: str = ""
+) -> None:
+    """Keep a figure with its numbers in a folder, as `show` does (plotly) or `show_print` (matplotlib), unseen."""
+    _check_name(name)
+    folder = Path(figures_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(fig, Figure):
+        for ending in ("svg", "pdf", "png"):
+            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
+        _keep(folder, name, table, caption, image=f"{name}.svg")
+        return
+    ensure_plotly_js(folder)
+    bundle = json.loads(fig.to_json())
+    _keep(folder, name, figure_numbers(fig) if table is None else table, caption, figure=bundle)
+    (folder / f"{name}.html").write_text(_figure_page(name, caption, bundle), encoding="utf-8")
+
+
+def show_print(fig: Figure, name: str, table: pd.DataFrame, *, figures_dir: str | Path = "", caption: str = "") -> None:
+    """Show a matplotlib figure as SVG and, given a folder, keep it as `<name>.svg`, `.pdf` and `.png` with numbers."""
+    caption = caption or name
+    _display({"image/svg+xml": _rendered(fig, "svg").decode(), "text/plain": f"[figure: {caption}]"})
+    if str(figures_dir):
+        keep(fig, name, table, figures_dir=figures_dir, caption=caption)
+
+
+def _display(bundle: dict) -> None:
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is None:  # a plain script cannot draw; a line of text beats a page of JSON
+        print(bundle["text/plain"])
+    else:
+        display(bundle, raw=True)
+
+
+def _keep(folder: Path, name: str, table: pd.DataFrame, caption: str, **what: object) -> None:
+    table.to_csv(folder / f"{name}.csv", index=False)
+    about = {"name": name, "caption": caption, "order": next(_saved), "notebook": os.environ.get("SMOOTHKIT_NOTEBOOK")}
+    (folder / f"{name}.json").write_text(json.dumps({**about, **what}), encoding="utf-8")
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
+        raise ValueError(f"name must be lower-case letters, digits, - and _ (it becomes a file name), got {name!r}")
+
+
+def _plain(text: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", " ", text)).strip()
+
+
+def figure_numbers(fig: go.Figure) -> pd.DataFrame:
+    """What the traces of a figure hold, in long form: `trace, x, y`, or `trace, row, column, value` for pictures."""
+    frames = []
+    for position, trace in enumerate(fig.data):
+        name = trace.name or f"trace {position}"
+        if getattr(trace, "z", None) is not None:
+            z = np.asarray(trace.z)
+            index = np.indices(z.shape).reshape(z.ndim, -1)
+            named = dict(zip(("row", "column", "channel"), index, strict=False))
+            frames.append(pd.DataFrame({"trace": name, **named, "value": z.ravel()}))
+        elif trace.y is not None:
+            x = trace.x if trace.x is not None else np.arange(len(trace.y))
+            frames.append(pd.DataFrame({"trace": name, "x": np.asarray(x), "y": np.asarray(trace.y)}))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"trace": []})
+
+
+def ensure_plotly_js(folder: Path) -> Path:
+    """The one copy of plotly.js that every figure in a folder shares; written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, content = folder / PLOTLY_JS, get_plotlyjs().encode()
+    if not path.exists() or path.stat().st_size != len(content):
+        part = folder / f".{uuid.uuid4().hex}.part"  # notebooks run side by side: each writes its own, one rename wins
+        part.write_bytes(content)
+        part.replace(path)
+    return path
+
+
+def plotly_div(bundle: dict, div_id: str) -> str:
+    """A div and the script that draws the figure in it; the page must have loaded plotly.js."""
+    figure = {key: bundle[key] for key in ("data", "layout", "frames") if key in bundle} | {"config": PLOTLY_CONFIG}
+    return (
+        f'<div id="{div_id}" class="sk-plot"></div>\n'
+        f'<script>Plotly.newPlot("{div_id}", {script_json(figure)});</script>'
+    )
+
+
+def script_json(value: object) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+
+
+def _figure_page(name: str, caption: str, bundle: dict) -> str:
+    text = html.escape(caption)
+    return textwrap.dedent(f"""\
+        <!DOCTYPE html>
+        <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+        <title>{text}</title><script src="{PLOTLY_JS}"></script>
+        <style>body {{ font-family: {_FONT}; color: #1f2933; background: #fff; margin: 1rem auto; max-width: 1000px;
+        padding: 0 1rem }} a {{ color: #0072b2 }}</style></head><body>
+        <!--figure-->
+        <p>{text} · <a href="{name}.csv">numbers (CSV)</a></p></body></html>
+        """).replace("<!--figure-->", plotly_div(bundle, name))
+
+
+def save_print(fig: Figure, path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a matplotlib figure to `path`, the same bytes each time, and its numbers to a CSV beside it."""
+    path = Path(path)
+    ending = path.suffix.lstrip(".").lower()
+    if ending not in ("svg", "pdf", "png"):
+        raise ValueError(f"path must end in .svg, .pdf or .png, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_rendered(fig, ending))
+    table.to_csv(path.with_suffix(".csv"), index=False)
+    return path
+
+
+def _rendered(fig: Figure, ending: str) -> bytes:
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[ending]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "smoothkit", "svg.fonttype": "path", "pdf.fonttype": 42}):
+        fig.savefig(buffer, format=ending, metadata=undated, dpi=200)
+    return buffer.getvalue()

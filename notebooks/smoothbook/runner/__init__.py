@@ -1,0 +1,1 @@
+"""Run the notebooks with papermill, build the gallery of their figures, write workshop copies, check exercises."""

@@ -1,0 +1,224 @@
+"""Checks for the exercises of the notebooks.
+
+A check prints the first case an answer gets wrong, or that all are right, and raises nothing; a solution
+calls the same check with `strict=True`, so that running the notebook proves it.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from scipy.special import log_softmax, logsumexp, ndtr, ndtri
+
+from smoothbook.sigma.memory import settle
+from smoothkit.certify.bounds import clopper_pearson_lower, clopper_pearson_upper, radius, radius_cap
+from smoothkit.types import ABSTAIN
+
+
+def check_radius(answer: Callable[[int, int, float, float], float], *, strict: bool = False) -> None:
+    """`answer(k, n, sigma, alpha)` is the certified radius of k votes in n; 0 where there is none."""
+    cases = [
+        (990, 1000, 0.25, 0.001),
+        (600, 1000, 0.25, 0.001),
+        (1000, 1000, 0.5, 0.001),
+        (500, 1000, 0.25, 0.001),
+        (0, 10, 1.0, 0.05),
+    ]
+    return _numbers(
+        answer,
+        [(case, float(radius(clopper_pearson_lower(case[0], case[1], case[3]), case[2]))) for case in cases],
+        strict,
+    )
+
+
+def check_samples_for_radius(answer: Callable[[float, float, float], int], *, strict: bool = False) -> None:
+    """`answer(r, sigma, alpha)` is the fewest samples whose unanimous vote certifies radius r."""
+    cases = [(0.5, 0.25, 0.001), (0.25, 0.25, 0.001), (1.0, 0.5, 0.05)]
+    return _numbers(answer, [(case, _fewest(*case)) for case in cases], strict)
+
+
+def _fewest(r: float, sigma: float, alpha: float) -> int:
+    n = 1
+    while radius_cap(n, alpha, sigma) < r:
+        n += 1
+    return n
+
+
+def check_upper_limit(answer: Callable[[int, int, float], float], *, strict: bool = False) -> None:
+    """`answer(k, m, alpha)` is the largest success rate that k successes of m leave possible, at level alpha."""
+    cases = [(0, 40, 0.05), (0, 1_000, 0.05), (3, 100, 0.01), (7, 7, 0.05)]
+    return _numbers(answer, [(case, float(clopper_pearson_upper(*case))) for case in cases], strict)
+
+
+def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> None:
+    """`answer(labels, predictions, radii, r)` is the certified accuracy at radius r over all inputs."""
+    labels, predictions, radii = (
+        np.array([3, 1, 4, 1, 5]),
+        np.array([3, 1, ABSTAIN, 2, 5]),
+        np.array([0.5, 0.2, 0.0, 0.9, 0.5]),
+    )
+    cases = [
+        ((labels, predictions, radii, r), share)
+        for r, share in ((0.0, 0.6), (0.2, 0.6), (0.3, 0.4), (0.5, 0.4), (0.8, 0.0))
+    ]
+    return _numbers(answer, cases, strict)
+
+
+def check_share_certified(answer: Callable, *, strict: bool = False) -> None:
+    """`answer(votes, n, sigma, alpha, r)` is the share of images whose certified radius is at least r.
+
+    `votes` holds the votes of each image's selected class among n.
+    """
+    votes = np.array([1000, 980, 870, 610, 500, 0])
+    cases = [(votes, 1000, 0.25, 0.001, r) for r in (0.05, 0.25, 0.5, 0.7)]
+    cases += [(votes, 1000, 0.5, 0.3, 0.6), (votes, 1000, 0.25, 0.3, 0.65)]
+    return _numbers(answer, [(case, _share_certified(*case)) for case in cases], strict)
+
+
+def _share_certified(votes: np.ndarray, n: int, sigma: float, alpha: float, r: float) -> float:
+    return float((radius(clopper_pearson_lower(votes, n, alpha), sigma) >= r).mean())
+
+
+def check_off_the_line(answer: Callable[[np.ndarray, np.ndarray], float], *, strict: bool = False) -> None:
+    """`answer(direction, step)` is how far the step leads away from the line along the direction."""
+    pairs = [([2.0, 0.0], [3.0, 4.0]), ([1.0, 1.0, 0.0], [1.0, -1.0, 2.0]), ([0.0, 3.0], [0.0, -5.0])]
+    cases = [tuple(np.array(v) for v in pair) for pair in pairs]
+    return _numbers(answer, [(case, _off_the_line(*case)) for case in cases], strict)
+
+
+def _off_the_line(direction: np.ndarray, step: np.ndarray) -> float:
+    along = direction / np.linalg.norm(direction)
+    return float(np.linalg.norm(step - (step @ along) * along))
+
+
+LOGITS = (  # of a few noisy copies of one image
+    np.array([[2.0, 0.0, -1.0], [1.0, 0.5, 0.0]]),
+    np.array([[1.0, 0.0], [0.0, 1.0]]),
+    np.array([[60.0, -60.0, 0.0], [-60.0, 60.0, 0.0], [0.0, 0.0, 0.0]]),
+)
+
+
+def check_soft_smoothed_loss(answer: Callable[[np.ndarray, int], float], *, strict: bool = False) -> None:
+    """`answer(logits, label)` is the attacker's objective of SmoothAdv, from the logits [m, K] of m noisy copies."""
+    cases = [((logits, label), _soft_smoothed_loss(logits, label)) for logits in LOGITS for label in (0, 1)]
+    return _numbers(answer, cases, strict)
+
+
+def _soft_smoothed_loss(logits: np.ndarray, label: int) -> float:
+    return float(np.log(len(logits)) - logsumexp(log_softmax(logits, axis=1)[:, label]))
+
+
+def check_consistency(answer: Callable[[np.ndarray], float], *, strict: bool = False) -> None:
+    """`answer(logits)` is the mean divergence KL(mean || each) of m noisy copies, from their logits [m, K]."""
+    return _numbers(answer, [((logits,), _consistency(logits)) for logits in LOGITS], strict)
+
+
+def _consistency(logits: np.ndarray) -> float:
+    log_each = log_softmax(logits, axis=1)
+    log_mean = logsumexp(log_each, axis=0) - np.log(len(logits))
+    return float((np.exp(log_mean) * (log_mean - log_each)).sum(axis=1).mean())
+
+
+def check_slab_radius(answer: Callable[[float], float], *, strict: bool = False) -> None:
+    """`answer(sigma)` is the radius that can be certified at 0 for the class |u| < 1 on a line; 0 where there is none."""
+    cases = [((sigma,), _slab_radius(sigma)) for sigma in (0.25, 0.5, 0.75, 1.0, 1.4, 1.6, 3.0)]
+    return _numbers(answer, cases, strict)
+
+
+def _slab_radius(sigma: float) -> float:
+    return max(0.0, float(sigma * ndtri(2 * ndtr(1 / sigma) - 1)))
+
+
+BALLS = ((0.0, 0, 1.0), (3.0, 1, 1.5))  # x, label, radius on a line
+
+
+def check_memory_radius(answer: Callable, *, strict: bool = False) -> None:
+    """`answer(x, label, radius, balls)` is the radius a memory on a line keeps for x; `balls` holds (x, label, radius)."""
+    questions = (
+        (1.2, 0, 0.8),
+        (0.4, 0, 0.5),
+        (2.5, 0, 0.25),
+        (2.0, 0, 0.9),
+        (0.9, 1, 0.5),
+        (-3.0, 1, 1.0),
+        (-3.0, 1, 4.0),
+    )
+    cases = [((*question, BALLS), _memory_radius(*question, BALLS)) for question in questions]
+    return _numbers(answer, cases, strict)
+
+
+def _memory_radius(x: float, label: int, radius: float, balls: Iterable[tuple[float, int, float]]) -> float:
+    points, labels, radii = (np.array(column) for column in zip(*balls, strict=True))
+    x32, points32 = np.array([x], dtype=np.float32), points.astype(np.float32)[:, None]
+    return settle(x32, label, radius, points32, labels, radii).radius
+
+
+def check_prototype_margin(answer: Callable, *, strict: bool = False) -> None:
+    """`answer(x, near, far)` is the distance from x to the points that are as near to `far` as to `near`."""
+    points = [
+        ([1.0, 0.0], [0.0, 0.0], [4.0, 0.0]),
+        ([0.2, 0.7], [0.0, 1.0], [1.0, 0.0]),
+        ([0.5] * 4, [0.4] * 4, [0.9] * 4),
+    ]
+    cases = [(case, _prototype_margin(*case)) for case in (tuple(np.array(p) for p in row) for row in points)]
+    return _numbers(answer, cases, strict)
+
+
+def _prototype_margin(x: np.ndarray, near: np.ndarray, far: np.ndarray) -> float:
+    return float((((x - far) ** 2).sum() - ((x - near) ** 2).sum()) / (2 * np.linalg.norm(near - far)))
+
+
+def check_alpha_bar(answer: Callable[[float], float], *, strict: bool = False) -> None:
+    """`answer(sigma)` is the abar_t of a diffusion model on [-1, 1] that noise of sigma on [0, 1] stands for."""
+    return _numbers(answer, [((sigma,), 1 / (1 + 4 * sigma**2)) for sigma in (0.12, 0.25, 0.5, 1.0)], strict)
+
+
+def check_clean_pixel(answer: Callable[[float, float, float], float], *, strict: bool = False) -> None:
+    """`answer(x, epsilon, alpha_bar)` is the clean pixel on [0, 1] from x_t and the predicted noise."""
+    cases = [(0.7, 0.9, 0.8), (-0.3, -0.6, 0.5), (0.1, 0.0, 0.2)]
+    return _numbers(answer, [(c, ((c[0] - np.sqrt(1 - c[2]) * c[1]) / np.sqrt(c[2]) + 1) / 2) for c in cases], strict)
+
+
+def check_two_scales(answer: Callable[[float, float, float, float], float], *, strict: bool = False) -> None:
+    """`answer(lower, upper, small, large)` is the radius of a cascade of two sigmas that halts at the smaller one.
+
+    `lower` bounds its class there from below, `upper` every other class at the larger sigma from above; 0 where
+    nothing is proved.
+    """
+    cases = [
+        (0.99, 0.3, 0.25, 0.5),
+        (0.99, 0.45, 0.25, 0.5),
+        (0.6, 0.01, 0.25, 1.0),
+        (0.9, 0.52, 0.25, 0.5),
+        (0.4, 0.1, 0.5, 1.0),
+    ]
+    return _numbers(answer, [(case, _two_scales(*case)) for case in cases], strict)
+
+
+def _two_scales(lower: float, upper: float, small: float, large: float) -> float:
+    return float(max(0.0, min(small * ndtri(lower), -large * ndtri(upper))))
+
+
+def check_alpha_share(answer: Callable[[float, int], float], *, strict: bool = False) -> None:
+    """`answer(alpha, scales)` is what each bound may fail with, a lower and an upper one for every scale."""
+    cases = [((0.001, 3), 0.001 / 6), ((0.05, 2), 0.05 / 4)]
+    return _numbers(answer, cases, strict)
+
+
+def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> None:
+    for arguments, expected in cases:
+        shown = ", ".join(str(a.tolist() if isinstance(a, np.ndarray) else a) for a in arguments)
+        try:
+            got = answer(*arguments)
+        except Exception as error:
+            return _wrong(f"answer({shown}) raised {type(error).__name__}: {error}", strict)
+        if got is None or got is Ellipsis:
+            return _wrong("no answer yet: replace the dots", strict)
+        if not np.isscalar(got) or not np.isclose(float(got), expected, rtol=1e-6, atol=1e-9):
+            return _wrong(f"answer({shown}) gave {got}, expected {expected:.6g}", strict)
+    print("All cases right.")
+
+
+def _wrong(what: str, strict: bool) -> None:
+    if strict:
+        raise AssertionError(what)
+    print(f"Not yet: {what}")

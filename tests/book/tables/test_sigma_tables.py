@@ -1,0 +1,61 @@
+"""The committed rows with a sigma for each image: comparable with each other, and sound where they say so."""
+
+import numpy as np
+import pytest
+import torch
+
+from smoothbook.sigma.selectors import NearestPrototype
+from smoothbook.sigma.sound import GEOMETRY, read_geometry
+from smoothbook.tables.claims import claims
+from smoothbook.tables.table import kept_tables, open_table, read_certificates, row_folders
+from smoothkit.records import open_record
+
+TABLES = {"sigma": ("gaussian", "smoothadv", "macer"), "cifar10-sigma:reduced": ("cnn", "vit")}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_are_of_the_same_images_noise_and_classifier(table):
+    """Common random numbers: one seed, one form of noise, one rule; images in the same order."""
+    assert table in kept_tables()
+    rows, folder = open_table(table)
+    kept = [p.name for p in row_folders(folder) if "held-out" not in p.name]
+    records = {name: open_record(folder / name) for name in kept}
+    tables = {name: next(iter(read_certificates(folder, names=[name]).values())) for name in kept}
+    about = {
+        (r.identity.dataset, r.identity.subset, r.identity.seed, r.identity.noise, r.stopping_rule)
+        for r in records.values()
+    }
+    assert len(about) == 1
+    assert len({tuple(t["image_id"]) for t in tables.values()}) == 1
+    for training in TABLES[table]:
+        of_one_classifier = [n for n in kept if (n.startswith(training) and rows[n].method == "clean") or n == training]
+        assert len({records[n].identity.fingerprint for n in of_one_classifier}) <= 1
+    searched = [name for name in kept if rows[name].search]
+    assert len(searched) >= 2 and all(records[name].per_image for name in searched)
+    for name in searched:
+        sigmas, selector = set(tables[name]["sigma"]), rows[name].selector
+        assert sigmas <= set(selector["sigmas"]) if selector else len(sigmas) > 20
+
+
+def test_sound_radii_are_those_of_the_kept_prototypes(digits):
+    _, folder = open_table("sigma")
+    place = {image_id: i for i, image_id in enumerate(digits.ids)}
+    found = [path for path in row_folders(folder) if (path / GEOMETRY).is_file()]
+    assert found
+    for path in found:
+        kept = read_geometry(path)
+        selector = NearestPrototype(torch.from_numpy(kept["prototypes"]), kept["sigmas"])
+        choice = selector.choose(digits.at(np.array([place[i] for i in kept["image_ids"]]), "kept"))
+        assert choice.radius.tolist() == kept["radius"].tolist()
+        (table,) = read_certificates(folder, names=[path.name]).values()
+        assert table["sigma"].tolist() == choice.sigma.tolist()
+        assert (table["radius"] <= np.minimum(table["sigma_radius"], table["class_radius"])).all()
+
+
+def test_the_papers_claims_are_rows():
+    mine = (table := claims())[table["system"].str.startswith("Data-dependent smoothing")]
+    assert len(mine) >= 15 and set(mine["holds"]) <= {"yes", "no", "unclear", "not measured"}
+    measured = mine[mine["holds"] != "not measured"]
+    assert len(measured) >= 8 and (measured["interval"] != "").all()
+    memory = mine[mine["claim"].str.startswith("the memory changes no answer")]
+    assert memory["measured"].str.match(r"\d+ of 180").sum() >= 1
