@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import math
-from decimal import ROUND_DOWN, Context, Decimal
+from decimal import ROUND_FLOOR, Context, Decimal
 
 import numpy as np
 
@@ -170,13 +170,13 @@ class Certificate:
         name = self.class_name or f"class {self.predicted}"
         return (
             f"With {_percent(1 - self.alpha)} confidence no change of {self.norm} size below "
-            f"{floor_to(self.radius, 3):.3f} moves this prediction: {name} "
+            f"{round_down(self.radius)} moves this prediction: {name} "
             f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes{_noise_in_words(self.noise)})."
         )
 
     def _repr_html_(self) -> str:
         settings = f"n0 = {self.n0:,}, n = {self.n:,}, alpha = {self.alpha:g}, rule {self.rule}"
-        settings += f", p_A at least {floor_to(self.p_a_lower, 4):.4f}"
+        settings += f", p_A at least {round_down(self.p_a_lower, 4)}"
         return f"<p>{html.escape(self.sentence())}<br><small>{html.escape(settings)}</small></p>"
 
 
@@ -189,10 +189,19 @@ def _percent(p: float) -> str:
     return f"{100 * p:.10g}%"
 
 
-def floor_to(radius: float, digits: int) -> float:
-    """A radius rounded down: nearest rounding would print a certificate nobody has."""
-    scaled = np.floor(radius * 10**digits) / 10**digits
-    return float(scaled if scaled <= radius else scaled - 10**-digits)
+def round_down(value: float, digits: int = 3) -> str:
+    """A radius as text with `digits` decimals, never above it: 0.9996 is "0.999". The one way a radius is shown.
+
+    It works on the shortest decimal that gives the float back, so that 0.29 is "0.29" and a text read is written again.
+    What is not finite stays as Python writes it: where only one class can be answered, a radius is infinite.
+    """
+    if not math.isfinite(value):
+        return repr(float(value))
+    step = Decimal(1).scaleb(-digits)
+    return str(Decimal(repr(float(value))).quantize(step, rounding=ROUND_FLOOR, context=Context(prec=400)))
+
+
+# --- checks of arguments, shared by all who take them ------------------------------------------------
 
 
 def check_alpha(alpha: float | None, name: str = "alpha") -> None:
@@ -219,17 +228,3 @@ def check_samples(name: str, n: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
     if n > MOST_SAMPLES:
         raise ValueError(f"{name} must be at most {MOST_SAMPLES:,}, got {n:,}; no bound gains from more")
-
-
-# --- writing -------------------------------------------------------------------------------------------
-
-
-def round_down(value: float, digits: int) -> str:
-    """A radius as text with `digits` decimals, rounded down: 0.9996 to three is 0.999.
-
-    Works on the shortest decimal that gives the float back, so what was written once is written again.
-    """
-    if not np.isfinite(value):  # where only one class can be answered, a radius is infinite
-        return repr(float(value))
-    exact = Decimal(repr(float(value)))
-    return str(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_DOWN, context=Context(prec=400)))

@@ -31,7 +31,7 @@ from smoothkit.certify.betting import clopper_pearson_count, kt_boundaries, kt_l
 from smoothkit.certify.bounds import OUTWARD, check_reach, clopper_pearson_lower, radius, radius_cap
 from smoothkit.records.format import RecordError
 from smoothkit.records.record import Record
-from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma, floor_to
+from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma, round_down
 
 OPEN, CERTIFIED, GIVEN_UP = 0, 1, -1
 
@@ -141,7 +141,7 @@ def check_rule(rule: StoppingRule, sigma: float) -> None:
     if rule.kind == "radius":
         if cap <= rule.within:
             raise ValueError(
-                f"within={rule.within:g} is too coarse: {unanimous} certify a radius of {floor_to(cap, 3)}; "
+                f"within={rule.within:g} is too coarse: {unanimous} certify a radius of {round_down(cap)}; "
                 f"use a smaller one"
             )
         return
@@ -149,7 +149,7 @@ def check_rule(rule: StoppingRule, sigma: float) -> None:
     if beyond:
         names = f"radius {beyond[0]:g} is" if len(beyond) == 1 else f"radii {', '.join(f'{r:g}' for r in beyond)} are"
         raise ValueError(
-            f"{names} beyond reach: {unanimous} certify at most the cap, {floor_to(cap, 3)}; "
+            f"{names} beyond reach: {unanimous} certify at most the cap, {round_down(cap)}; "
             f"leave out what is above it, {_what_would_do(rule, beyond[-1], sigma)}"
         )
 

@@ -1,5 +1,6 @@
 """Certificates: sound first, then equal to the published procedure."""
 
+import math
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from smoothkit import Smoothed, data, models
 from smoothkit.certify import certificates, certify_votes, predict_votes
 from smoothkit.certify.bounds import radius_cap
 from smoothkit.records import Identity, RecordError, Row, create_record
-from smoothkit.types import ABSTAIN, Certificate, StoppingRule, Votes, floor_to
+from smoothkit.types import ABSTAIN, Certificate, StoppingRule, Votes, round_down
 
 
 def votes(*counts, n=None) -> Votes:
@@ -72,9 +73,11 @@ def test_failed_samples_count_against_the_class():
 
 
 def test_printed_radii_are_rounded_down():
-    assert floor_to(0.9996, 3) == 0.999 and floor_to(1.0, 3) == 1.0 and floor_to(0.2496, 2) == 0.24
+    assert [round_down(0.9996), round_down(1.0), round_down(0.2496, 2)] == ["0.999", "1.000", "0.24"]
+    assert round_down(0.29, 2) == "0.29" and round_down(math.nextafter(0.29, 0), 2) == "0.28"
+    assert round_down(-0.1234) == "-0.124" and round_down(math.inf) == "inf"
     for value in np.random.default_rng(0).random(1000):
-        assert value - 1e-3 < floor_to(value, 3) <= value
+        assert value - 1e-3 < float(round_down(value)) <= value
     certificate = Certificate(4, 0.61999, 0.25, 100, 1000, 0.001, 0.99, 999, "grid:255", class_name="four")
     assert "size below 0.619 moves this prediction: four" in certificate.sentence()
     assert certificate.sentence() in certificate._repr_html_()

@@ -37,7 +37,7 @@ from smoothkit.kernels.noise import standard_normal, standard_normal_reference
 from smoothkit.kernels.votes import add_votes, count_votes_reference
 from smoothkit.reading import average_certified_radius, certified_accuracy, format_table
 from smoothkit.records import Identity, RecordError, Row, create_record, merge, open_record, pack
-from smoothkit.types import ABSTAIN, StoppingRule, Votes, floor_to
+from smoothkit.types import ABSTAIN, StoppingRule, Votes, round_down
 
 REFUSED = (ValueError, OSError)
 TRIED, REFUSALS = Counter(), Counter()
@@ -135,7 +135,7 @@ def sequential_rules(radii, n, alpha, kind):
 @holds(odd_floats(), st.integers(0, 6))
 def radii_are_rounded_down(value, digits):
     if math.isfinite(value) and abs(value) < 1e12:
-        assert floor_to(value, digits) <= value
+        assert float(round_down(value, digits)) <= value
 
 
 # --- votes and certificates ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from smoothkit.data import Images, from_arrays
 from smoothkit.kernels.noise import standard_normal
 from smoothkit.kernels.philox import fresh_seed
 from smoothkit.records import Record
-from smoothkit.types import ABSTAIN, floor_to
+from smoothkit.types import ABSTAIN, round_down
 
 COPIES = 8  # noisy copies an attack sees
 STEPS = 10
@@ -307,7 +307,7 @@ class AttackPanel(Panel):
             nearest = broken["distance"] - broken["radius"]
             closest = broken.loc[nearest.idxmin()]
             text += (
-                f" Nearest to its line came image {int(closest.idx)}: certified to {floor_to(closest.radius, 3):.3f}, "
+                f" Nearest to its line came image {int(closest.idx)}: certified to {round_down(closest.radius)}, "
                 f"changed at {closest.distance:.3f}."
             )
         crossed = int(table["crossing"].sum())

@@ -15,7 +15,7 @@ from smoothbook.panels.base import AlphaControl, EdgeControl, Panel, choose_edge
 from smoothbook.panels.curve import Counts, certificate_table, read_counts
 from smoothkit.reading import paired_bootstrap
 from smoothkit.records import Record
-from smoothkit.types import floor_to
+from smoothkit.types import round_down
 
 RADII = (0.0, 0.25, 0.5, 0.75)
 WEIGHTS = 4_000_000  # of the bootstrap at most, so that a slider answers at once
@@ -185,7 +185,7 @@ class ComparePanel(Panel):
             self.class_names[c] if c != "all" and c < len(self.class_names) else str(c) for c in table["class"]
         ]
         for column in ("first", "second"):
-            shown[column] = [f"{floor_to(v, 3):.3f}" for v in table[column]]
+            shown[column] = [f"{round_down(v)}" for v in table[column]]
         shown["difference"] = [f"{v:+.3f}" for v in table["difference"]]
         table = shown.to_html(index=False, border=0)
         for cell in ("th", "td"):

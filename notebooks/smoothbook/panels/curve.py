@@ -17,7 +17,7 @@ from smoothbook import figures
 from smoothbook.panels.base import AlphaControl, EdgeControl, Panel, choose_edge, linked, note, row, thumbnail
 from smoothkit.certify.bounds import clopper_pearson_lower, radius
 from smoothkit.records import Record, RecordError
-from smoothkit.types import ABSTAIN, check_alpha, floor_to
+from smoothkit.types import ABSTAIN, check_alpha, round_down
 
 STEPS = 400  # drawn of a curve; more cannot be told apart, and take time
 SHOWN = 24  # pictures of a brushed region
@@ -203,7 +203,7 @@ class CurvePanel(Panel):
         answered, right = int((table["predict"] != ABSTAIN).sum()), int(table["correct"].sum())
         return (
             f"{html.escape(figures.sigma_label(key))}: {right} of {len(table)} images certified correctly, "
-            f"{len(table) - answered} without an answer, longest radius {floor_to(float(table['radius'].max()), 3):.3f}."
+            f"{len(table) - answered} without an answer, longest radius {round_down(float(table['radius'].max()))}."
         )
 
     def _pictures(self, tables: Mapping[float | str, pd.DataFrame]) -> str:
@@ -215,7 +215,7 @@ class CurvePanel(Panel):
         return note(head) + "".join(self._picture(image) for image in found.head(SHOWN).itertuples())
 
     def _picture(self, image) -> str:
-        caption = f"{floor_to(image.radius, 3):.3f}<br>{html.escape(image.curve)}"
+        caption = f"{round_down(image.radius)}<br>{html.escape(image.curve)}"
         if image.idx not in self._place:
             return f'<span style="display:inline-block;margin:2px 8px">image {image.idx}<br>{caption}</span>'
         place = self._place[image.idx]
