@@ -85,9 +85,7 @@ class BaseClassifier(nn.Module):
         return f"size={self.size}, channels={self.channels}, interpolation={self.interpolation}"
 
 
-def wrap(network: nn.Module, **preprocessing) -> BaseClassifier:
-    """A BaseClassifier around any module; keyword arguments as there."""
-    return BaseClassifier(network, **preprocessing)
+wrap = BaseClassifier  # the verb: models.wrap(module, mean=..., std=..., size=...)
 
 
 def round_to_half(module: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
@@ -108,11 +106,6 @@ def round_to_half(module: nn.Module, names: Iterable[str] | None = None) -> nn.M
                     raise ValueError(f"{name} has values beyond 65504, which half precision cannot hold")
                 value.copy_(value.half())
     return module
-
-
-def _is_half(module: nn.Module) -> bool:
-    floats = [v for v in module.state_dict().values() if v.is_floating_point()]
-    return all(torch.equal(v, v.half().to(v.dtype)) for v in floats)
 
 
 @contextlib.contextmanager
@@ -168,11 +161,15 @@ def structure(module: nn.Module) -> str:
     return re.sub(r"((?:Layer|Batch|Group|Instance)Norm\w*\([^\n]*?affine=(True|False))", r"\1, bias=\2", text)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """sha256 (16 hex digits) over a module's structure, parameter names, types, shapes and values."""
+def fingerprint(module: nn.Module, *, without: Iterable[str] = ()) -> str:
+    """sha256 (16 hex digits) over a module's structure, and the names, types, shapes and values of its tensors.
+
+    `without` names tensors, or submodules, whose values do not count; their place in the structure does.
+    """
+    left_out = tuple(f"{name}." for name in without)
     digest = hashlib.sha256(structure(module).encode())
     for key, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not f"{key}.".startswith(left_out):
             value = value.detach().cpu().contiguous()
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")

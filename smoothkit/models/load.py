@@ -9,10 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from smoothkit.data import data_dir
-from smoothkit.models.base import BaseClassifier, _is_half
+from smoothkit.models.base import BaseClassifier
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 
@@ -61,6 +62,11 @@ def save_local(base_classifier: BaseClassifier, folder: str | Path) -> Path:
     return folder
 
 
+def _is_half(module: nn.Module) -> bool:
+    floats = [v for v in module.state_dict().values() if v.is_floating_point()]
+    return all(torch.equal(v, v.half().to(v.dtype)) for v in floats)
+
+
 # --- loading by name -------------------------------------------------------------------------------
 
 
@@ -100,40 +106,45 @@ def load(
     FileNotFoundError
         If weights are not at hand and cannot be fetched.
     """
-    base = _load(name, pretrained, num_classes, model_args)
-    wanted = size or model_args.get("img_size")
-    if wanted is not None:
-        base.size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
-    return base
-
-
-def _load(name: str, pretrained: bool, num_classes: int | None, model_args: dict) -> BaseClassifier:
     source, _, location = name.partition(":")
     if Path(location or name).suffix.lower() in PICKLE_SUFFIXES:
         raise ValueError(
             f"{name} looks like a pickle, which can run code when loaded; read it with "
             f"torch.load(path, weights_only=True) and save it with timm.models.save_for_hf(..., safe_serialization=True)"
         )
+    folder = None
     if source == "starter":
         folder = _starter_folder(location)
         _check_sha256(folder)
-        return _from_timm(f"local-dir:{folder}", name, pretrained, num_classes, model_args)
-    if source == "local-dir":
-        _check_local_dir(Path(location).expanduser())
-        return _from_timm(f"local-dir:{Path(location).expanduser()}", name, pretrained, num_classes, model_args)
-    if not location:
+    elif source == "local-dir":
+        folder = Path(location).expanduser()
+        _check_local_dir(folder)
+    elif not location:
         _check_timm_name(name)
-    return _from_timm(name, name, pretrained, num_classes, model_args)
+    base = _wrapped(_network(name, folder, pretrained, num_classes, model_args), name)
+    stored = {} if folder is None else json.loads((folder / "config.json").read_text())
+    base.made_with = {**stored.get("model_args", {}), **model_args}
+    wanted = size or model_args.get("img_size")
+    if wanted is not None:
+        base.size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+    return base.eval()
 
 
-def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | None, model_args: dict) -> BaseClassifier:
+def _timm():
+    """timm, which takes seconds to import and so is not at this file's head, with our networks in its registry."""
     import timm
+
+    from smoothkit.models import resnet_cifar  # noqa: F401
+
+    return timm
+
+
+def _network(name: str, folder: Path | None, pretrained: bool, num_classes: int | None, model_args: dict) -> nn.Module:
     from safetensors import SafetensorError
 
-    from smoothkit.models import resnet_cifar as networks  # noqa: F401  # registers them with timm
-
+    location = name if folder is None else f"local-dir:{folder}"
     try:
-        network = timm.create_model(location, pretrained=pretrained, num_classes=num_classes, **model_args)
+        return _timm().create_model(location, pretrained=pretrained, num_classes=num_classes, **model_args)
     except SafetensorError as error:
         raise ValueError(f"{name}: model.safetensors cannot be read ({error}); fetch or save it again") from None
     except (OSError, RuntimeError) as error:
@@ -148,9 +159,13 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
             f"a cache that has them (and HF_HUB_OFFLINE=1 to skip the retries), give local-dir:FOLDER, or take random weights "
             f"with pretrained=False"
         ) from None
-    config = timm.data.resolve_model_data_config(network)
+
+
+def _wrapped(network: nn.Module, name: str) -> BaseClassifier:
+    """The network with the preprocessing of its timm configuration."""
+    config = _timm().data.resolve_model_data_config(network)
     channels, *size = config["input_size"]
-    base = BaseClassifier(
+    return BaseClassifier(
         network,
         mean=config["mean"],
         std=config["std"],
@@ -160,10 +175,6 @@ def _from_timm(location: str, name: str, pretrained: bool, num_classes: int | No
         class_names=_class_names(network),
         name=name,
     )
-    folder = Path(location.removeprefix("local-dir:"))
-    stored = json.loads((folder / "config.json").read_text()) if location.startswith("local-dir:") else {}
-    base.made_with = {**stored.get("model_args", {}), **model_args}
-    return base.eval()
 
 
 def _first_line(error: Exception) -> str:
@@ -178,9 +189,7 @@ def _wants_fixed_size(network: nn.Module) -> bool:
 
 
 def _class_names(network: nn.Module) -> tuple[str, ...]:
-    import timm
-
-    config = getattr(network, "pretrained_cfg", {})
+    timm, config = _timm(), getattr(network, "pretrained_cfg", {})
     if config.get("label_names"):
         return tuple(config["label_names"])
     subset = timm.data.infer_imagenet_subset(network)
@@ -224,10 +233,7 @@ def _check_local_dir(folder: Path) -> None:
 
 
 def _check_timm_name(name: str) -> None:
-    import timm
-
-    from smoothkit.models import resnet_cifar as networks  # noqa: F401
-
+    timm = _timm()
     if timm.is_model(name.split(".")[0]):
         return
     choices = [*timm.list_models(), *timm.list_models(pretrained=True), *(f"starter:{s}" for s in starters())]

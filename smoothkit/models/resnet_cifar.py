@@ -40,11 +40,6 @@ class CifarResNet(ResNet):
         self.init_weights(zero_init_last=zero_init_last)
 
 
-def _create(name: str, depth: int, pretrained: bool, **settings) -> CifarResNet:
-    stages = {"out_indices": (0, 1, 2, 3)}  # for features_only=True
-    return build_model_with_cfg(CifarResNet, name, pretrained, depth=depth, feature_cfg=stages, **settings)
-
-
 default_cfgs = generate_default_cfgs(
     {
         f"resnet{depth}_cifar": {
@@ -63,26 +58,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
-def resnet20_cifar(pretrained: bool = False, **settings) -> CifarResNet:
-    return _create("resnet20_cifar", 20, pretrained, **settings)
+def _register(depth: int) -> None:
+    """Make `resnet{depth}_cifar` a name for timm.create_model."""
+
+    def create(pretrained: bool = False, **settings) -> CifarResNet:
+        stages = {"out_indices": (0, 1, 2, 3)}  # for features_only=True
+        return build_model_with_cfg(
+            CifarResNet, create.__name__, pretrained, depth=depth, feature_cfg=stages, **settings
+        )
+
+    create.__name__ = f"resnet{depth}_cifar"
+    register_model(create)
 
 
-@register_model
-def resnet32_cifar(pretrained: bool = False, **settings) -> CifarResNet:
-    return _create("resnet32_cifar", 32, pretrained, **settings)
-
-
-@register_model
-def resnet44_cifar(pretrained: bool = False, **settings) -> CifarResNet:
-    return _create("resnet44_cifar", 44, pretrained, **settings)
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **settings) -> CifarResNet:
-    return _create("resnet56_cifar", 56, pretrained, **settings)
-
-
-@register_model
-def resnet110_cifar(pretrained: bool = False, **settings) -> CifarResNet:
-    return _create("resnet110_cifar", 110, pretrained, **settings)
+for _depth in DEPTHS:
+    _register(_depth)

@@ -157,6 +157,20 @@ def test_fingerprints():
         models.identify("resnet18")
 
 
+def test_a_fingerprint_without_some_tensors():
+    """A name leaves out that tensor, or all below that submodule, and no other that begins alike."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"head": nn.Linear(3, 2), "head2": nn.Linear(3, 2)})
+    known = {left_out: models.fingerprint(net, without=left_out) for left_out in ((), ("head",), ("head.weight",))}
+    assert len(set(known.values())) == 3 and known[()] == models.fingerprint(net)
+    with torch.no_grad():
+        net["head"].weight.add_(1)
+    assert [models.fingerprint(net, without=w) == f for w, f in known.items()] == [False, True, True]
+    with torch.no_grad():
+        net["head2"].bias.add_(1)
+    assert models.fingerprint(net, without=("head",)) != known[("head",)]
+
+
 def test_cards_and_configs_agree():
     for name in models.starters():
         folder = ROOT / "data" / "starters" / name
