@@ -125,7 +125,6 @@ def stream_for(
         images,
         sigma=SIGMA,
         seed=0,
-        grid=images.grid,
         device=device,
         precision=precision,
         compile=compiled,
@@ -499,7 +498,7 @@ def _child_setup(name: str, device: str) -> dict:
 
 def _in_a_process(function: str, *arguments: object, environment: dict[str, str] | None = None) -> dict:
     """What a function of this module returns in a process of its own."""
-    code = f"import json; from smoothkit.bench import engine; print(json.dumps(engine.{function}(*{arguments!r})))"
+    code = f"import json; from smoothbook.bench import engine; print(json.dumps(engine.{function}(*{arguments!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | (environment or {})
     )

@@ -10,7 +10,7 @@ import pandas as pd
 from smoothbook import figures
 from smoothbook.bench.measure import CPU_METHOD, Result, clock, interleaved, spread, torch_threads
 from smoothkit import data, models
-from smoothkit.certify.fixed import certificates
+from smoothkit.certify import certificates
 from smoothkit.records import ESTIMATE, SELECT, Identity, Record, Row, create_record
 from smoothkit.types import StoppingRule
 

@@ -9,12 +9,12 @@ import pandas as pd
 from smoothbook.bench.measure import Result
 from smoothbook.tables.published import cohen_log
 from smoothkit import data, models
-from smoothkit.certify import sequential_rule
+from smoothkit.certify import certificates, sequential_rule
 from smoothkit.certify.bounds import clopper_pearson_lower, radius
-from smoothkit.certify.sequential import boundaries, sequential_certificates
+from smoothkit.certify.sequential import boundaries
 from smoothkit.data import DataMissing
 from smoothkit.reading import infer_alpha, read_log
-from smoothkit.sampling.run import certify_sequentially
+from smoothkit.sampling.run import collect_votes
 from smoothkit.types import ABSTAIN
 
 N = 100_000  # what the published certificates used
@@ -56,14 +56,14 @@ def samples(*, quick: bool = False, device: str = "cpu", live: int | None = None
 
 def _live_on_digits(images: int, sigma: float = 0.25, r: float = 0.25) -> dict:
     """The first test digits, certified at one radius by the engine; the fixed n is not run."""
-    record = certify_sequentially(
+    record = collect_votes(
         models.load(f"starter:digits-vit-{sigma:g}"),
         data.load("digits", subset=f"first:{images}"),
         sigma=sigma,
-        rule=sequential_rule([r], n0=N0, n_max=N),
+        stopping_rule=sequential_rule([r], n0=N0, n_max=N),
         progress=False,
     )
-    found = sequential_certificates(record)
+    found = certificates(record)
     return {
         "data": f"{images} digits, live",
         "sigma": sigma,

@@ -45,7 +45,7 @@ def sigma(
     pixels = torch.rand((images, *case.size), generator=torch.Generator().manual_seed(0))
     few = data.from_arrays(pixels)
     samples = samples or (500 if quick else 1_000)
-    stream = VoteStream(model, few, sigma=SIGMA, seed=0, grid=None, compile=False, batch=min(100, samples))
+    stream = VoteStream(model, few, sigma=SIGMA, seed=0, noise="float", compile=False, batch=min(100, samples))
 
     def search(steps: int, draws: int) -> Callable[[], object]:
         how = SigmaSearch(steps=steps, draws=draws, pilot=1)
