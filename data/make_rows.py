@@ -39,8 +39,7 @@ from smoothkit import data
 from smoothkit.models import fingerprint
 from smoothkit.records import open_record
 from smoothkit.sampling.progress import format_seconds, say
-from smoothkit.sampling.stream import noise_form
-from smoothkit.types import StoppingRule
+from smoothkit.types import NoiseForm, StoppingRule
 
 HERE = Path(__file__).parent
 STARTERS = HERE / "starters"
@@ -178,7 +177,7 @@ class Maker:
         """Where a kept row has the votes of the same classifier on the same noise, they are not sampled again."""
         if row.search or votes.exists():
             return
-        noise = str(noise_form("data", images))
+        noise = str(NoiseForm(images.grid))
         wanted = (fingerprint(model), images.dataset, images.split, images.subset, row.sigma, row.noise_seed, noise)
         rule = StoppingRule(n0=row.n0, n=row.n, alpha=row.alpha)
         for path in sorted(self.kept.parent.glob("*/*/run.json")):

@@ -86,6 +86,58 @@ def block_edges(n: int) -> list[int]:
     return [e for e in edges if e < n] + [n]
 
 
+@dataclasses.dataclass(frozen=True)
+class NoiseForm:
+    """How noise is added: float noise (`grid` None), noise rounded to a grid, or noise drawn exactly on it.
+
+    `grid` is the number of steps from 0 to 1. As text, in records and arguments: "float", "grid:255", "exact-grid:255".
+    """
+
+    grid: int | None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.grid, (int, np.integer)) and not isinstance(self.grid, bool)
+        if self.grid is not None and not (whole and 1 <= self.grid < 2**24):
+            raise ValueError(f"a grid must have 1 to {2**24 - 1:,} steps, got {self.grid!r}")
+        if self.exact and self.grid is None:
+            raise ValueError("noise drawn exactly needs a grid, got none")
+
+    @classmethod
+    def parse(cls, noise: "str | NoiseForm | None", grid: int | None = None) -> "NoiseForm":
+        """The noise that an argument asks for.
+
+        Parameters
+        ----------
+        noise : "grid" or "exact-grid" (the data's own), "grid:255" or "exact-grid:255" (so many steps), "float", or None:
+            the data's grid where it has one, else float noise
+        grid : the data's own number of steps from 0 to 1, or None
+
+        Raises
+        ------
+        ValueError
+            For other words, or for the data's grid where it has none.
+        """
+        if noise is None or isinstance(noise, NoiseForm):
+            return noise or cls(grid)
+        kind, colon, steps = noise.partition(":") if isinstance(noise, str) else ("", "", "")
+        if noise == "float":
+            return cls(None)
+        if kind not in ("grid", "exact-grid") or (colon and not (steps.isascii() and steps.isdigit())):
+            hint = f"; did you mean 'grid:{noise}'?" if isinstance(noise, int) and not isinstance(noise, bool) else ""
+            raise ValueError(
+                f"noise must be grid, exact-grid, grid:STEPS, exact-grid:STEPS or float, got {noise!r}{hint}"
+            )
+        if not colon and grid is None:
+            raise ValueError(
+                f"noise={noise!r} needs data that declares a grid, and these images declare none; use 'float'"
+            )
+        return cls(int(steps) if colon else grid, exact=kind == "exact-grid")
+
+    def __str__(self) -> str:
+        return "float" if self.grid is None else f"{'exact-' if self.exact else ''}grid:{self.grid}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Votes:
     """Class counts over `n` noisy copies of one image.

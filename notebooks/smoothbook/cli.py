@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from smoothkit.types import StoppingRule, check_sigma
+
 FORMATS = ("table", "csv", "markdown", "latex")
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -151,9 +153,10 @@ def _add_certify(commands) -> None:
     )
     parser.add_argument(
         "--noise",
-        choices=("grid", "float", "exact-grid"),
-        default="grid",
-        help="grid: rounded to the data's grid before it is added; exact-grid: drawn on it by exact thresholds",
+        default=None,
+        metavar="FORM",
+        help="grid: rounded to the data's grid before it is added; exact-grid: drawn on it by exact thresholds; float; or a "
+        "grid of your own, as grid:255; if not given, grid where the data has one, else float",
     )
     parser.add_argument("--batch", type=int, default=None, help="compute batch; found by itself if not given")
     parser.add_argument(
@@ -180,15 +183,8 @@ def _add_certify(commands) -> None:
 
 def _certify(options: argparse.Namespace) -> int:
     stop_on_sigterm()
-    from smoothkit.types import check_alpha, check_samples, check_sigma
-
     check_sigma(options.sigma)
-    check_alpha(options.alpha)
-    check_samples("n0", options.n0)
-    from smoothkit.certify.bounds import check_reach
-
-    check_reach(options.n, options.alpha)
-    _check_aim(options)
+    rule = _rule(options)
     import torch
 
     from smoothkit import Smoothed, data, models
@@ -202,10 +198,10 @@ def _certify(options: argparse.Namespace) -> int:
         compile=options.compile,
         device=options.device or ("cuda" if torch.cuda.is_available() else None),
     )
-    common = dict(n0=options.n0, alpha=options.alpha, seed=options.seed, out=options.out)
-    common["grid"] = {"grid": "data", "float": None, "exact-grid": "exact"}[options.noise]
     with _executor(options) as executor:
-        return _sample(options, smoothed, images, common | {"executor": executor})
+        smoothed.sample(images, rule=rule, noise=options.noise, seed=options.seed, out=options.out, executor=executor)
+    _print_certified(options)
+    return 0
 
 
 @contextlib.contextmanager
@@ -229,33 +225,30 @@ def _executor(options: argparse.Namespace):
         yield None
 
 
-def _sample(options: argparse.Namespace, smoothed, images, common: dict) -> int:
+def _print_certified(options: argparse.Namespace) -> None:
     from smoothkit.certify.bounds import radius_cap
     from smoothkit.reading import report
 
-    if options.radii:
-        smoothed.sample_sequentially(images, options.radii, n_max=options.n, kind=options.rule, **common)
-        _print_report(report([options.out], sorted(options.radii)), "table")
-        return 0
-    if options.within is not None:
-        smoothed.sample_to_radius(images, options.within, n_max=options.n, **common)
-    else:
-        smoothed.sample(images, n=options.n, **common)
-    # the rule `radius` spends half of alpha on the last look, where its cap lies
-    cap = radius_cap(options.n, options.alpha if options.within is None else options.alpha / 2, options.sigma)
-    _print_report(report([options.out], [r for r in RADII if r <= cap]), "table")
-    return 0
+    radii = options.radii
+    if not radii:
+        # the rule `radius` spends half of alpha on the last look, where its cap lies
+        cap = radius_cap(options.n, options.alpha if options.within is None else options.alpha / 2, options.sigma)
+        radii = [r for r in RADII if r <= cap]
+    _print_report(report([options.out], sorted(radii)), "table")
 
 
-def _check_aim(options: argparse.Namespace) -> None:
-    """Refuse radii, or a `within`, out of reach before anything is loaded."""
+def _rule(options: argparse.Namespace) -> StoppingRule:
+    """When to stop; refuses radii, or a `within`, out of reach before anything is loaded."""
+    from smoothkit.certify.bounds import check_reach
+    from smoothkit.certify.sequential import check_rule, sequential_rule
+
     if not options.radii and options.within is None:
-        return
-    from smoothkit.certify import sequential_rule
-    from smoothkit.certify.sequential import check_rule
-
+        check_reach(options.n, options.alpha)
+        return StoppingRule(n0=options.n0, n=options.n, alpha=options.alpha)
     aim = {"radii": options.radii, "kind": options.rule} if options.radii else {"within": options.within}
-    check_rule(sequential_rule(**aim, n_max=options.n, alpha=options.alpha), options.sigma)
+    rule = sequential_rule(**aim, n0=options.n0, n_max=options.n, alpha=options.alpha)
+    check_rule(rule, options.sigma)
+    return rule
 
 
 # --- report and claims ---------------------------------------------------------------------------------

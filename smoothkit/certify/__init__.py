@@ -1,8 +1,7 @@
 """From counts to certificates: NumPy and SciPy, no torch, no sampling."""
 
-from smoothkit.certify.cascade import cascade_certificates
 from smoothkit.certify.fixed import certify_votes, predict_votes
 from smoothkit.certify.sequential import sequential_rule
-from smoothkit.certify.table import certificates
+from smoothkit.certify.table import cascade_certificates, certificates, error_rates
 
-__all__ = ["cascade_certificates", "certificates", "certify_votes", "predict_votes", "sequential_rule"]
+__all__ = ["cascade_certificates", "certificates", "certify_votes", "error_rates", "predict_votes", "sequential_rule"]

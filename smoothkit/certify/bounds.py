@@ -114,18 +114,9 @@ def lower_bound_table(n: int, alpha: float) -> np.ndarray:
     check_samples("n", n)
     if n > MOST_OF_A_TABLE:
         raise ValueError(f"a table of {n:,} counts takes too long; bound the counts at hand with clopper_pearson_lower")
-    return _read_only(clopper_pearson_lower(np.arange(n + 1), n, alpha))
-
-
-@functools.lru_cache(maxsize=8)
-def radius_table(n: int, alpha: float, sigma: float) -> np.ndarray:
-    """`radius` of every entry of `lower_bound_table`: float64 [n + 1], in the units of `sigma`, cached, read-only."""
-    return _read_only(radius(lower_bound_table(n, alpha), sigma))
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
+    table = clopper_pearson_lower(np.arange(n + 1), n, alpha)
+    table.flags.writeable = False
+    return table
 
 
 def radius(p_a_lower: np.ndarray | float, sigma: np.ndarray | float) -> np.ndarray:

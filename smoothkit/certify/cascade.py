@@ -18,15 +18,12 @@ Jeong and Shin, "Multi-scale Diffusion Denoised Smoothing", NeurIPS 2023. arXiv:
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from scipy import special
 
 from smoothkit.certify.bounds import OUTWARD, clopper_pearson_lower, clopper_pearson_upper
-from smoothkit.records.format import RecordError
-from smoothkit.records.record import Record
 from smoothkit.types import ABSTAIN, check_alpha, check_sigma
 
 RULES = ("max", "cascade", "released")
@@ -242,9 +239,9 @@ def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Ca
     halted = _largest_true(own > 0)
     best = scales - 1 - radii[..., ::-1].argmax(axis=-1)  # of equal ones the largest scale
     scale = np.where(radii.max(axis=-1) > 0, best, halted) if rule == "max" else halted
-    radius = _at(radii, scale)
+    radius = at_scale(radii, scale)
     reason = np.where(radius > 0, "certified", np.where(scale == NO_SCALE, "undecided", "contested"))
-    predict = np.where(radius > 0, _at(classes, scale), ABSTAIN)
+    predict = np.where(radius > 0, at_scale(classes, scale), ABSTAIN)
     return CascadeCertificates(predict, radius, scale, reason, classes, radii, own, negative)
 
 
@@ -268,11 +265,11 @@ def _released(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Casca
             negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
     radii = np.minimum(own, negative)
     scale = _largest_true(stops)  # whoever halts stops
-    radius = np.where(_at(halts, scale), _at(radii, scale), 0.0)
+    radius = np.where(at_scale(halts, scale), at_scale(radii, scale), 0.0)
     reason = np.select(
-        [scale == NO_SCALE, ~_at(halts, scale), radius > 0], ["passed", "undecided", "certified"], "contested"
+        [scale == NO_SCALE, ~at_scale(halts, scale), radius > 0], ["passed", "undecided", "certified"], "contested"
     )
-    predict = np.where(radius > 0, _at(classes, scale), ABSTAIN)
+    predict = np.where(radius > 0, at_scale(classes, scale), ABSTAIN)
     return CascadeCertificates(predict, radius, scale, reason, classes, radii, own, negative)
 
 
@@ -290,177 +287,13 @@ def _take(counts: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.take_along_axis(counts, classes[..., None], axis=-1)[..., 0]
 
 
-def _at(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def at_scale(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """values [..., K] at a scale [...]; 0 or False at NO_SCALE."""
     found = np.take_along_axis(values, np.maximum(scale, 0)[..., None], axis=-1)[..., 0]
     return np.where(scale == NO_SCALE, np.zeros((), values.dtype), found)
 
 
 # --- from records ------------------------------------------------------------------------------------
-
-
-def cascade_certificates(
-    records: Mapping[float, Record] | Sequence[Record],
-    *,
-    alpha: float | None = None,
-    p0: float = 0.5,
-    rule: str = "max",
-    upper: str = "runner-up",
-    n: int | None = None,
-    sigmas: Sequence[float] | None = None,
-) -> pd.DataFrame:
-    """Certificates of the images that all records hold complete: `certify_cascade` for a table.
-
-    The theorem takes each scale's base classifier as it comes, one network for all scales or another for each. Equal
-    seeds give the scales equal draws, scaled; that correlates their errors and leaves the certificates valid.
-
-    Parameters
-    ----------
-    records : mapping from sigma to Record, or Records
-        Votes on the same images, of fixed n, one record a scale. An image needs no votes at the scales below the one
-        that `cascade` or `released` halts at; one that lacks others is left out.
-    alpha : float, optional
-        For each image, over all scales; the records' own by default.
-    p0, rule, upper : as in `certify_cascade`
-    n : int, optional
-        Use only the first n estimation samples; a block edge of every record. Fix it before looking.
-    sigmas : floats, optional
-        Those of the cascade, if no image came to some of them so that there is no record; the records' own by default.
-        They share alpha whether asked or not.
-
-    Returns
-    -------
-    DataFrame with idx, label, predict (ABSTAIN = -1), radius (rounded down), correct, scale (the sigma the certificate
-    rests on, and which a halting rule halts at; NaN if none), reason, own_radius and negative_radius (R_k and R_neg of
-    that scale; NaN if none), calls (base classifier calls the rule needs: of all scales for `max`, else from the largest
-    to the one halted at), n0, n (of one scale), alpha, alpha_statement (NaN for `released`), p0, rule, noise, key, image_id;
-    one row an image, by idx.
-
-    Raises
-    ------
-    RecordError
-        If the records are not of the same images, or no image is complete in all of them.
-    """
-    by_sigma = _by_sigma(records)
-    sigmas = sorted(by_sigma) if sigmas is None else check_sigmas(sigmas).tolist()
-    if set(by_sigma) - set(sigmas) or sigmas[-1] not in by_sigma:
-        raise RecordError(
-            f"records at sigma {', '.join(f'{s:g}' for s in sorted(by_sigma))} do not fit sigmas {sigmas}"
-        )
-    chosen = [by_sigma[s] for s in sorted(by_sigma)]
-    _check_same_data(chosen)
-    alpha = _one_of({r.stopping_rule.alpha for r in chosen}, "alpha") if alpha is None else alpha
-    about = chosen[-1].votes(n).set_index("image_id").sort_values("index")
-    if about.empty:
-        raise RecordError(f"no image is complete at the scale {sigmas[-1]:g}, which is asked first")
-    votes = [by_sigma[s].votes(n).set_index("image_id") if s in by_sigma else about[:0] for s in sigmas]
-    for v, sigma in zip(votes, sigmas, strict=True):
-        both = v.index.intersection(about.index)
-        if not np.array_equal(v["label"][both], about["label"][both]):
-            raise RecordError(f"the record at sigma {sigma:g} gives other labels than the one at {sigmas[-1]:g}")
-    num_classes = chosen[0].identity.num_classes
-    counts = [
-        np.stack([_counts_of(v[c], about.index, num_classes) for v in votes], axis=1) for c in _COUNTS
-    ]  # [images, K, num_classes]
-    samples, spent = (
-        np.stack([v[list(columns)].sum(axis=1).reindex(about.index, fill_value=0).to_numpy() for v in votes], axis=1)
-        for columns in (("n",), ("n0", "n"))
-    )  # [images, K]
-    found = certify_cascade(*counts, n=samples, sigmas=sigmas, alpha=alpha, p0=p0, rule=rule, upper=upper)
-    needed = np.arange(len(sigmas)) >= (0 if rule == "max" else np.maximum(found.scale, 0)[:, None])
-    complete = ((samples > 0) | ~needed).all(axis=1)
-    if not complete.any():
-        raise RecordError(f"no image is complete at all of the scales {', '.join(f'{s:g}' for s in sigmas)}")
-    none, label = found.scale == NO_SCALE, about["label"].to_numpy()
-    table = pd.DataFrame(
-        {
-            "idx": about["index"].to_numpy(),
-            "label": label,
-            "predict": found.predict,
-            "radius": found.radius,
-            "correct": (found.predict == label) & (found.predict != ABSTAIN),
-            "scale": np.where(none, np.nan, np.array(sigmas)[found.scale]),
-            "reason": found.reason,
-            "own_radius": np.where(none, np.nan, _at(found.own, found.scale)),
-            "negative_radius": np.where(none, np.nan, _at(found.negative, found.scale)),
-            "calls": (spent * needed).sum(axis=1),
-            "n0": about["n0"].to_numpy(),
-            "n": about["n"].to_numpy(),
-            "alpha": alpha,
-            "alpha_statement": np.nan if rule == "released" else alpha_per_statement(alpha, len(sigmas)),
-            "p0": p0,
-            "rule": rule,
-            "noise": chosen[0].identity.noise,
-            "key": about["key"].to_numpy(),
-            "image_id": about.index.to_numpy(),
-        }
-    )
-    return table[complete].reset_index(drop=True)
-
-
-_COUNTS = ("counts_selection", "counts_estimation")
-
-
-def _counts_of(votes: pd.Series, ids: pd.Index, num_classes: int) -> np.ndarray:
-    """Counts [images, num_classes] of these images, zeros for those without votes."""
-    found = dict(votes)
-    nothing = np.zeros(num_classes, dtype=np.int64)
-    return np.stack([found.get(i, nothing) for i in ids])
-
-
-def error_rates(
-    records: Mapping[float, Record] | Sequence[Record], *, p0: float = 0.5, n: int | None = None
-) -> pd.DataFrame:
-    """Where each scale fails, by the shares of its estimation votes: what fine-tuning is meant to move.
-
-    Over-smoothing is that no class has a share above p0, over-confidence that a wrong one has. These are shares of
-    images, from estimates and not from bounds; for comparison only.
-
-    Returns
-    -------
-    DataFrame with sigma, images, right, over_smoothing, over_confidence; one row a scale, by sigma.
-    """
-    check_p0(p0)
-    rows = []
-    for sigma, record in sorted(_by_sigma(records).items()):
-        votes = record.votes(n)
-        if votes.empty:
-            raise RecordError(f"the record at sigma {sigma:g} has no complete image yet")
-        share = np.stack(votes["counts_estimation"].to_list()) / votes["n"].to_numpy()[:, None]
-        above, right = share.max(axis=1) > p0, share.argmax(axis=1) == votes["label"].to_numpy()
-        rows.append((sigma, len(votes), (above & right).mean(), (~above).mean(), (above & ~right).mean()))
-    return pd.DataFrame(rows, columns=["sigma", "images", "right", "over_smoothing", "over_confidence"])
-
-
-def _by_sigma(records: Mapping[float, Record] | Sequence[Record]) -> dict[float, Record]:
-    if not isinstance(records, Mapping):
-        records = list(records)
-        if len({r.sigma for r in records}) < len(records):
-            raise RecordError(f"a cascade needs one record a sigma, got {[r.sigma for r in records]}")
-        records = {r.sigma: r for r in records}
-    for sigma, record in records.items():
-        if float(sigma) != record.sigma:
-            raise RecordError(f"the record given for sigma {sigma:g} was sampled at {record.sigma}")
-    if not records:
-        raise RecordError("a cascade needs at least one record")
-    return {record.sigma: record for record in records.values()}
-
-
-def _check_same_data(records: Sequence[Record]) -> None:
-    for what in ("dataset", "split", "num_classes", "noise"):
-        _one_of({getattr(r.identity, what) for r in records}, what)
-    digests: dict[int, str] = {}
-    for record in records:
-        rows = record.rows()
-        for image_id, digest in zip(rows["image_id"], rows["digest"], strict=True):
-            if digests.setdefault(image_id, digest) != digest:
-                raise RecordError(f"the records hold different images under the id {image_id}")
-
-
-def _one_of(values: set, what: str):
-    if len(values) != 1:
-        raise RecordError(f"the records of a cascade must agree in {what}, got {', '.join(map(str, sorted(values)))}")
-    return next(iter(values))
 
 
 # --- prediction without a certificate ----------------------------------------------------------------

@@ -1,11 +1,8 @@
 """Certification and prediction from a fixed number of samples: CERTIFY and PREDICT of Cohen et al. 2019."""
 
 import numpy as np
-import pandas as pd
 
 from smoothkit.certify.bounds import check_reach, clopper_pearson_lower, predict_p_value, radius
-from smoothkit.records.format import RecordError
-from smoothkit.records.record import Record
 from smoothkit.types import ABSTAIN, Certificate, Votes, check_alpha, check_sigma
 
 
@@ -91,59 +88,31 @@ def from_lower_bound(
     )
 
 
-def certificates(record: Record, *, alpha: float | None = None, n: int | None = None) -> pd.DataFrame:
-    """Certificates of all complete images of a record: `certify_votes`, for many at once.
+def certify_counts(
+    selection: np.ndarray, estimation: np.ndarray, n: np.ndarray | int, *, sigma: np.ndarray | float, alpha: float
+) -> dict[str, np.ndarray]:
+    """`certify_votes` of many inputs at once.
 
     Parameters
     ----------
-    record : Record
-        With one sigma, or one for each image: that certificate holds of the smoothed classifier with *this* sigma for
-        all inputs (see `sigma.selectors` for one classifier with several).
-    alpha : float, optional
-        Failure probability of each certificate; the record's own by default. Any value is allowed for
-        a record of fixed n. It is per image: for m images at once, divide by m.
-    n : int, optional
-        Use only the first n estimation samples; a block edge of the record. Fix it before looking.
+    selection, estimation : int arrays [images, num_classes]
+    n : int or int array [images]
+        Estimation samples, those without a vote included.
+    sigma : float or float array [images], pixel units on [0, 1]
+    alpha : float in (0, 1)
 
     Returns
     -------
-    DataFrame with idx, label, predict (ABSTAIN = -1), radius (float64, rounded down), correct, sigma,
-    n0, n, alpha, c_a, n_a, p_a_lower, noise, key, image_id; one row an image, by idx.
+    dict of arrays [images]: predict (ABSTAIN = -1), radius (float64, rounded down), c_a, n_a, p_a_lower.
     """
-    rule = record.stopping_rule
-    alpha = rule.alpha if alpha is None else alpha
     check_alpha(alpha)
-    votes = record.votes(n)
-    if votes.empty:
-        raise RecordError(
-            f"{record.path or 'the record'} has no complete image yet; run the same command again to go on"
-        )
-    selection = np.stack(votes["counts_selection"].to_list())  # [images, num_classes]
-    estimation = np.stack(votes["counts_estimation"].to_list())
     c_a = selection.argmax(axis=1)
-    n_a = estimation[np.arange(len(votes)), c_a]
-    p_a_lower = clopper_pearson_lower(n_a, votes["n"].to_numpy(), alpha)
-    radii = radius(p_a_lower, votes["sigma"].to_numpy())
-    predict = np.where(radii > 0, c_a, ABSTAIN)
-    return pd.DataFrame(
-        {
-            "idx": votes["index"].to_numpy(),
-            "label": votes["label"].to_numpy(),
-            "predict": predict,
-            "radius": radii,
-            "correct": (predict == votes["label"].to_numpy()) & (predict != ABSTAIN),
-            "sigma": votes["sigma"].to_numpy(),
-            "n0": votes["n0"].to_numpy(),
-            "n": votes["n"].to_numpy(),
-            "alpha": alpha,
-            "c_a": c_a,
-            "n_a": n_a,
-            "p_a_lower": p_a_lower,
-            "noise": record.identity.noise,
-            "key": votes["key"].to_numpy(),
-            "image_id": votes["image_id"].to_numpy(),
-        }
-    )
+    n_a = estimation[np.arange(len(c_a)), c_a]
+    p_a_lower = clopper_pearson_lower(n_a, n, alpha)
+    radii = radius(p_a_lower, sigma)
+    return {
+        "predict": np.where(radii > 0, c_a, ABSTAIN), "radius": radii, "c_a": c_a, "n_a": n_a, "p_a_lower": p_a_lower
+    }  # fmt: skip
 
 
 def predict_votes(votes: Votes, *, alpha: float) -> int:
@@ -160,8 +129,13 @@ def predict_votes(votes: Votes, *, alpha: float) -> int:
     ----------
     Cohen, Rosenfeld and Kolter, ICML 2019, Section 3.2.1 (PREDICT).
     """
-    check_reach(votes.n, alpha, predict=True)
-    top = votes.top
-    others = np.delete(votes.counts, top)
-    runner_up = int(others.max()) if others.size else 0
-    return top if predict_p_value(int(votes.counts[top]), runner_up) <= alpha else ABSTAIN
+    return int(predict_counts(votes.counts[None], votes.n, alpha=alpha)[0])
+
+
+def predict_counts(counts: np.ndarray, n: int, *, alpha: float) -> np.ndarray:
+    """`predict_votes` of many inputs at once: counts int [images, num_classes] over n copies each -> classes int64 [images]."""
+    check_reach(n, alpha, predict=True)
+    counts = np.asarray(counts)
+    largest = np.sort(counts, axis=1)[:, ::-1]
+    runner_up = largest[:, 1] if counts.shape[1] > 1 else np.zeros(len(counts), dtype=np.int64)
+    return np.where(predict_p_value(largest[:, 0], runner_up) <= alpha, counts.argmax(axis=1), ABSTAIN)

@@ -24,14 +24,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from scipy import special, stats
 
 from smoothkit.certify.betting import clopper_pearson_count, kt_boundaries, kt_lower, kt_upper
 from smoothkit.certify.bounds import OUTWARD, check_reach, clopper_pearson_lower, radius, radius_cap
-from smoothkit.records.format import RecordError
-from smoothkit.records.record import Record
-from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_samples, check_sigma, round_down
+from smoothkit.types import ABSTAIN, MOST_SAMPLES, StoppingRule, block_edges, check_samples, check_sigma, round_down
 
 OPEN, CERTIFIED, GIVEN_UP = 0, 1, -1
 
@@ -56,7 +53,7 @@ def sequential_rule(
     looks: Sequence[int] | None = None,
     skip_wrong: bool = False,
 ) -> StoppingRule:
-    """A stopping rule for `certify_sequentially`: to decide `radii`, or to find the radius to `within` so much.
+    """A stopping rule for `Smoothed.sample`: to decide `radii`, or to find the radius to `within` so much.
 
     Parameters
     ----------
@@ -170,9 +167,6 @@ def _cap(rule: StoppingRule, sigma: float) -> float:
     return radius_cap(rule.n, rule.alpha / share, sigma)
 
 
-MOST_SAMPLES = 10**9  # what is beyond would take years
-
-
 def _smallest_n(rule: StoppingRule, p_r: float) -> int | None:
     """The fewest samples whose unanimous votes prove more than p_r by a rule of this kind; None if beyond all reason."""
     low, high = rule.n, 2 * rule.n
@@ -282,55 +276,41 @@ def claims(rule: StoppingRule, sigma: float, successes: Sequence[np.ndarray]) ->
     return list(zip(best.tolist(), radius(best, sigma).tolist(), strict=True))
 
 
-def sequential_certificates(record: Record) -> pd.DataFrame:
-    """Certificates of a sequential record: its decisions or bounds, made again from the counts.
+def certify_looks(rule: StoppingRule, sigma: float, looks: Sequence) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Decisions or bounds of images that were sampled by a sequential rule, made again from the counts.
+
+    Parameters
+    ----------
+    rule : StoppingRule
+    sigma : float, pixel units on [0, 1]
+    looks : for each image, something with `label`, and `selection` and `estimation`: int arrays [blocks, num_classes]
 
     Returns
     -------
-    DataFrame as `certify.certificates`; `radius` is the largest radius of the rule's that was certified, or that
-    of the largest bound, `n` the samples it took, `p_a_lower` the probability proved. Images still open are left out.
+    finished : int array
+        Positions in `looks` of the images that need no further look.
+    found : dict of arrays [finished]
+        predict (ABSTAIN = -1); radius, the largest of the rule's that was certified or that of the largest bound; n, the
+        samples it took; c_a, n_a; and p_a_lower, the probability proved.
     """
-    rule, sigma = record.stopping_rule, record.sigma
-    images = [x for x in record.looks().itertuples() if len(x.selection) == len(block_edges(rule.n0)) - 1]
-    guessed = [int(x.selection.sum(axis=0).argmax()) for x in images]
-    skipped = np.array([rule.skip_wrong and c != x.label for x, c in zip(images, guessed, strict=True)], dtype=bool)
+    selected = len(block_edges(rule.n0)) - 1
+    guessed = [int(x.selection.sum(axis=0).argmax()) for x in looks]
+    skipped = np.array([rule.skip_wrong and c != x.label for x, c in zip(looks, guessed, strict=True)], dtype=bool)
     successes = [
-        x.estimation[:0, c] if skip else x.estimation[:, c].cumsum()
-        for x, c, skip in zip(images, guessed, skipped, strict=True)
+        x.estimation[: 0 if skip else None, c].cumsum() for x, c, skip in zip(looks, guessed, skipped, strict=True)
     ]
-    finished = np.flatnonzero(skipped | ~still_open(rule, sigma, successes))
-    if not len(finished):
-        raise RecordError(
-            f"{record.path or 'the record'} has no decided image yet; run the same command again to go on"
-        )
-    proved = claims(rule, sigma, [successes[i] for i in finished])
-    rows = [
-        _certificate_row(record, images[i], guessed[i], successes[i], *claim)
-        for i, claim in zip(finished, proved, strict=True)
-    ]
-    return pd.DataFrame(rows).sort_values("idx", ignore_index=True)
-
-
-def _certificate_row(
-    record: Record, image, c_a: int, successes: np.ndarray, p_a_lower: float, certified: float
-) -> dict[str, object]:
+    whole = np.array([len(x.selection) == selected for x in looks], dtype=bool)
+    finished = np.flatnonzero(whole & (skipped | ~still_open(rule, sigma, successes)))
+    proved = np.array(claims(rule, sigma, [successes[i] for i in finished])).reshape(-1, 2)
+    c_a = np.array([guessed[i] for i in finished], dtype=np.int64)
+    done = [successes[i] for i in finished]
     # a radius of 0 among those to decide is certified by p_A > 1/2, and then p_a_lower is 1/2
-    rule = record.stopping_rule
-    predict = c_a if (certified > 0 if rule.kind == "radius" else p_a_lower > 0) else ABSTAIN
-    return {
-        "idx": image.index,
-        "label": image.label,
-        "predict": predict,
-        "radius": certified,
-        "correct": predict == image.label and predict != ABSTAIN,
-        "sigma": record.sigma,
-        "n0": rule.n0,
-        "n": rule.looks[len(successes) - 1] if len(successes) else 0,
-        "alpha": rule.alpha,
+    answered = proved[:, 1] > 0 if rule.kind == "radius" else proved[:, 0] > 0
+    return finished, {
+        "predict": np.where(answered, c_a, ABSTAIN),
+        "radius": proved[:, 1],
+        "n": np.array([rule.looks[len(s) - 1] if len(s) else 0 for s in done], dtype=np.int64),
         "c_a": c_a,
-        "n_a": int(successes[-1]) if len(successes) else 0,
-        "p_a_lower": p_a_lower,
-        "noise": record.identity.noise,
-        "key": image.key,
-        "image_id": image.image_id,
+        "n_a": np.array([s[-1] if len(s) else 0 for s in done], dtype=np.int64),
+        "p_a_lower": proved[:, 0],
     }

@@ -6,6 +6,7 @@ from smoothkit.reading.audit import audit
 from smoothkit.reading.intervals import (
     certified_accuracy_interval,
     compare,
+    exact_interval,
     paired_bootstrap,
     paired_difference_interval,
     wilson_interval,
@@ -15,6 +16,7 @@ from smoothkit.reading.report import ReportError, about_records, format_table, l
 
 __all__ = [
     "LogError", "ReportError", "about_records", "audit", "average_certified_radius", "certified_accuracy",
-    "certified_accuracy_interval", "compare", "consistent_alphas", "envelope", "format_table", "infer_alpha", "load_result",
+    "certified_accuracy_interval", "compare", "consistent_alphas", "envelope", "exact_interval", "format_table", "infer_alpha",
+    "load_result",
     "paired_bootstrap", "paired_difference_interval", "read_log", "report", "wilson_interval", "write_log",
 ]  # fmt: skip

@@ -9,9 +9,10 @@ import pandas as pd
 from scipy import special
 
 from smoothkit.certify.bounds import clopper_pearson_lower
-from smoothkit.reading.logs import _DISTINCT_NEEDED, _TOP
 from smoothkit.types import ABSTAIN, check_alpha, check_samples, check_sigma
 
+_DISTINCT_NEEDED = 3  # distinct large radii below which two values of alpha can fit by chance
+_TOP = 2_000  # votes missing from n up to which radii could be resolved; 76 suffice at n = 100,000
 ALPHAS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 

@@ -22,7 +22,7 @@ from smoothkit.certify.betting import log_wealth_above
 from smoothkit.certify.table import certificates
 from smoothkit.records.format import ESTIMATE, SELECT, RecordError, has_checksum
 from smoothkit.records.record import Record, open_record
-from smoothkit.types import ABSTAIN, StoppingRule, block_edges, check_sigma
+from smoothkit.types import ABSTAIN, NoiseForm, StoppingRule, block_edges, check_sigma
 
 if TYPE_CHECKING:
     from smoothkit.data import Images
@@ -165,8 +165,9 @@ def _settings(record: Record, provenance: Sequence[dict[str, Any]]) -> Check:
             check_sigma(known.sigma)
         except ValueError as error:
             faults.append(str(error))
-    kind, _, grid = known.noise.partition(":")
-    if not (kind == "float" and not grid) and not (kind in ("grid", "exact-grid") and grid.isdigit() and int(grid) > 0):
+    try:
+        NoiseForm.parse(known.noise)
+    except ValueError:
         faults.append(f"noise {known.noise!r} is no form of noise")
     lacking = [
         p for p in provenance for part in p.get("parts", [p]) if not {"device", "compute_batch", "torch"} <= set(part)
@@ -351,7 +352,7 @@ def _redraw(
     """Draw all recorded blocks of some images again, at the compute batch of the record's last part."""
     from smoothkit.sampling.batches import Task
     from smoothkit.sampling.run import provenance as here
-    from smoothkit.sampling.stream import PURPOSES, VoteStream, noise_form
+    from smoothkit.sampling.stream import PURPOSES, VoteStream
 
     known = record.identity
     ways = [way for p in provenance for way in p.get("parts", [p])]
@@ -364,13 +365,12 @@ def _redraw(
     if record.per_image:
         kept = dict(zip(rows["image_id"], rows["sigma"], strict=True))
         sigma = [kept.get(i, 1.0) for i in images.ids]
-    kind, _, grid = known.noise.partition(":")
     stream = VoteStream(
         base_classifier,
         images,
         sigma=sigma,
         seed=known.seed,
-        grid=noise_form("exact" if kind == "exact-grid" else int(grid) if grid else None, images),
+        noise=known.noise,
         batch=way["compute_batch"],
         precision=known.precision,
         device=how["device"],

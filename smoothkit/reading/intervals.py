@@ -12,26 +12,38 @@ from smoothkit.reading.accuracy import certified_accuracy
 from smoothkit.types import check_alpha
 
 RADII = (0.0, 0.25, 0.5, 0.75)
+LEVEL = 0.95  # of an interval, if nothing else is said
 
 
-# --- how sure --------------------------------------------------------------------------------------
+def exact_interval(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Two-sided Clopper-Pearson interval of a proportion over images drawn like these: never too narrow."""
+    return _interval(successes, n, level, "exact")
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval of a proportion over images drawn like these.
+def wilson_interval(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Two-sided interval of a proportion over images drawn like these, right on average.
 
     References
     ----------
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
     """
+    return _interval(successes, n, level, "wilson")
+
+
+def _interval(successes: int, n: int, level: float, method: str) -> tuple[float, float]:
     check_alpha(1 - level)
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes must lie in 0..n with n at least 1, got {successes} of {n}")
-    z = stats.norm.ppf((1 + level) / 2)
-    p, spread = successes / n, z**2 / n
-    middle = (p + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+    found = stats.binomtest(successes, n).proportion_ci(level, method)
+    return float(found.low), float(found.high)
+
+
+def certified_accuracy_interval(table: pd.DataFrame, r: float, level: float = LEVEL) -> tuple[float, float]:
+    """`exact_interval` of the certified accuracy at r, over the choice of images.
+
+    It speaks of images drawn like those certified; the failure probability alpha of each certificate is apart.
+    """
+    return exact_interval(round(float(certified_accuracy(table, [r])[0]) * len(table)), len(table), level)
 
 
 def paired_bootstrap(
@@ -39,7 +51,7 @@ def paired_bootstrap(
     reference: pd.DataFrame,
     radii: Sequence[float] = RADII,
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
     draws: int = 10_000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -78,7 +90,15 @@ def paired_bootstrap(
     return pd.DataFrame({"what": mine.columns, "difference": apart.mean(axis=0), "low": low, "high": high})
 
 
-def compare(tables: dict[str, pd.DataFrame], reference: str, radii: Sequence[float] = RADII, **how) -> pd.DataFrame:
+def compare(
+    tables: dict[str, pd.DataFrame],
+    reference: str,
+    radii: Sequence[float] = RADII,
+    *,
+    level: float = LEVEL,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
     """`paired_bootstrap` of every table but one against that one; the column `row` says which.
 
     `verdict` is `above` or `below` where the interval leaves 0 on one side, else `not told apart`.
@@ -88,7 +108,7 @@ def compare(tables: dict[str, pd.DataFrame], reference: str, radii: Sequence[flo
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(tables)}"
         raise ValueError(f"reference {reference!r} is unknown; {hint}")
     parts = [
-        paired_bootstrap(table, tables[reference], radii, **how).assign(row=title)
+        paired_bootstrap(table, tables[reference], radii, level=level, draws=draws, seed=seed).assign(row=title)
         for title, table in tables.items()
         if title != reference
     ]
@@ -105,21 +125,6 @@ def _per_image(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     if frame.index.has_duplicates:
         raise ValueError("a table has two rows for one image")
     return frame.sort_index()
-
-
-def certified_accuracy_interval(table: pd.DataFrame, r: float, level: float = 0.95) -> tuple[float, float]:
-    """Exact two-sided Clopper-Pearson interval of the certified accuracy at r, over the choice of images.
-
-    It speaks of images drawn like those certified; the failure probability alpha of each certificate is apart.
-    """
-    check_alpha(1 - level)
-    rows = len(table)
-    certified = round(float(certified_accuracy(table, [r])[0]) * rows)
-    interval = stats.binomtest(certified, rows).proportion_ci(level, "exact")
-    return float(interval.low), float(interval.high)
-
-
-LEVEL = 0.95
 
 
 def paired_difference_interval(gained: int, lost: int, n: int, level: float = LEVEL) -> tuple[float, float]:
@@ -139,8 +144,3 @@ def paired_difference_interval(gained: int, lost: int, n: int, level: float = LE
     difference = (b - c) / total
     error = z * np.sqrt(b + c - (b - c) ** 2 / total) / total
     return float(difference - error), float(difference + error)
-
-
-def _proportion_interval(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    interval = stats.binomtest(k, n).proportion_ci(level, method="exact")
-    return float(interval.low), float(interval.high)

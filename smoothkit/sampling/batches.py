@@ -19,6 +19,7 @@ from smoothkit.kernels.noise import noisy_rows
 from smoothkit.kernels.philox import Purpose, counter_word, signed_bits
 from smoothkit.kernels.votes import add_votes
 from smoothkit.sampling.forward import Forward
+from smoothkit.types import NoiseForm
 
 IMAGES_AT_HAND = 192  # images kept beside the model; those of a batch and of the tasks around it
 GRAPH_AFTER = 8  # batches; shorter runs do not repay the recording
@@ -37,23 +38,6 @@ class Task:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a task needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
-
-
-@dataclasses.dataclass(frozen=True)
-class NoiseForm:
-    """Float noise (`grid` None), noise rounded to a grid, or noise drawn exactly on it."""
-
-    grid: int | None
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        if self.grid is not None and not (isinstance(self.grid, int | np.integer) and 1 <= self.grid < 2**24):
-            raise ValueError(
-                f"grid must be a number of steps in 1..{2**24 - 1:,}, or None for float noise, got {self.grid!r}"
-            )
-
-    def __str__(self) -> str:
-        return "float" if self.grid is None else f"{'exact-' if self.exact else ''}grid:{self.grid}"
 
 
 @dataclasses.dataclass

@@ -26,7 +26,10 @@ def sample_cascade(
     seed: int = 0,
     out: str | os.PathLike | None = None,
     progress: bool = True,
-    **how,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: str = "float32",
+    compile: bool | None = None,
 ) -> dict[float, Record]:
     """Votes of each scale from the largest down, of those images alone that no larger scale has decided.
 
@@ -44,12 +47,11 @@ def sample_cascade(
         Of the cascade.
     out : path, optional
         A folder; each scale's record is kept in `sigma-SIGMA` there, where an interrupted run goes on.
-    how
-        As in `Smoothed`: batch, device, precision, compile.
+    batch, device, precision, compile : as in `Smoothed`
 
     Returns
     -------
-    dict from sigma to Record, for `certify.cascade.cascade_certificates` with rule `cascade`. A scale that no image came
+    dict from sigma to Record, for `certify.cascade_certificates` with rule `cascade`. A scale that no image came
     to has none, so give it `sigmas` as well.
     """
     check_p0(p0)
@@ -60,7 +62,9 @@ def sample_cascade(
     left = images
     for number, sigma in enumerate(reversed(sigmas)):
         folder = None if out is None else Path(out) / f"sigma-{sigma:g}"
-        smoothed = Smoothed(base_classifiers[sigma], sigma, **how)
+        smoothed = Smoothed(
+            base_classifiers[sigma], sigma, batch=batch, device=device, precision=precision, compile=compile
+        )
         record = smoothed.sample(left, n0=n0, n=n, alpha=alpha, seed=seed, out=folder, progress=progress)
         records[sigma] = record
         passed = _passed(record, left, share, p0)

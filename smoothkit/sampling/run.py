@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from smoothkit.certify.sequential import check_rule, still_open
 from smoothkit.data import Images
+from smoothkit.kernels.philox import Purpose
 from smoothkit.models.base import identify
 from smoothkit.records.format import BLOCK_KEY, ESTIMATE, PER_IMAGE, SELECT, Identity, Row
 from smoothkit.records.record import Record, create_record, open_record
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.progress import Progress, format_seconds, say
-from smoothkit.sampling.stream import PURPOSES, VoteStream, noise_form
+from smoothkit.sampling.stream import PURPOSES, VoteStream
 from smoothkit.sampling.workers import spread
-from smoothkit.types import StoppingRule, block_edges
+from smoothkit.types import NoiseForm, StoppingRule, block_edges
 
 PART_ROWS = 50_000  # of a part; what a driver of many workers holds
 PART_SECONDS = 10.0  # between parts of a record; what a killed run loses at most
@@ -38,9 +39,9 @@ def open_run(
     *,
     sigma: float | Sequence[float],
     stopping_rule: StoppingRule,
+    noise: str | NoiseForm | None = None,
     seed: int = 0,
     out: str | os.PathLike | None = None,
-    grid: int | str | None = "data",
     batch: int | None = None,
     device: str | None = None,
     precision: str = "float32",
@@ -48,43 +49,31 @@ def open_run(
     model_id: str | None = None,
 ) -> tuple[Record, VoteStream]:
     """The record a run writes into and the stream that fills it; parameters as in `collect_votes`."""
-    noise = noise_form(grid, images)
+    noise = NoiseForm.parse(noise, images.grid)
     if out is None and not isinstance(base_classifier, nn.Module):
         model_id = model_id or "unnamed"  # votes in memory are never mixed with those of another run
     known = identify(base_classifier, model_id)
     batch, compile = _as_before(out, batch, compile)
     stream = VoteStream(
-        base_classifier,
-        images,
-        sigma=sigma,
-        seed=seed,
-        grid=noise,
-        batch=batch,
-        device=device,
-        precision=precision,
-        compile=compile,
-        fingerprint=known.fingerprint,
-    )
-    if images.labels.max() >= stream.num_classes:
-        worst = int(images.labels.argmax())
-        raise ValueError(
-            f"label {images.labels[worst]} of image {images.keys[worst]!r} lies outside the base classifier's {stream.num_classes} classes"
-        )
+        base_classifier, images, sigma=sigma, seed=seed, noise=noise, batch=batch, device=device, precision=precision,
+        compile=compile, fingerprint=known.fingerprint,
+    )  # fmt: skip
+    _check_labels(images, stream.num_classes)
     identity = Identity(
-        dataset=images.dataset,
-        split=images.split,
-        subset=images.subset,
-        model=known.name,
-        fingerprint=known.fingerprint,
-        num_classes=stream.num_classes,
-        sigma=float(sigma) if np.ndim(sigma) == 0 else PER_IMAGE,
-        seed=seed,
-        noise=str(noise),
-        precision=precision,
-        stopping_rule=stopping_rule,
-    )
+        dataset=images.dataset, split=images.split, subset=images.subset, model=known.name, fingerprint=known.fingerprint,
+        num_classes=stream.num_classes, sigma=float(sigma) if np.ndim(sigma) == 0 else PER_IMAGE, seed=seed,
+        noise=str(noise), precision=precision, stopping_rule=stopping_rule,
+    )  # fmt: skip
     names = images.class_names or getattr(base_classifier, "class_names", ())
     return create_record(out, identity, names), stream
+
+
+def _check_labels(images: Images, num_classes: int) -> None:
+    if images.labels.max() >= num_classes:
+        worst = int(images.labels.argmax())
+        raise ValueError(
+            f"label {images.labels[worst]} of image {images.keys[worst]!r} lies outside the base classifier's {num_classes} classes"
+        )
 
 
 def _as_before(out, batch: int | None, compile: bool | None) -> tuple[int | None, bool | None]:
@@ -104,47 +93,74 @@ def collect_votes(
     *,
     sigma: float | Sequence[float],
     stopping_rule: StoppingRule,
+    noise: str | NoiseForm | None = None,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: str = "float32",
+    compile: bool | None = None,
+    model_id: str | None = None,
     progress: bool = True,
     executor: Executor | None = None,
-    **settings,
 ) -> Record:
-    """Sample all votes a fixed stopping rule asks for, into a record that survives interruption.
+    """Sample all votes a stopping rule asks for, into a record that survives interruption.
+
+    Under a sequential rule each image is sampled until the rule says stop; images still open share the batches.
 
     Parameters
     ----------
     base_classifier : callable, images [B, C, H, W] on [0, 1] -> logits [B, num_classes]
     images : Images
     sigma : float, or one for each image
-        Several are kept image by image; they must not depend on the samples drawn here (see `sigma.search`).
-    stopping_rule : StoppingRule
-    progress : bool
-        Show a progress bar, and before a long run a line that says what it will cost.
-    executor : concurrent.futures.Executor, optional
-        Does the work in other processes or on other machines, as `client.get_executor()` of Dask; this process then
-        reads images and writes the record. The counts are the same.
+        Several are kept image by image; they must not depend on the samples drawn here. They go with a fixed rule.
+    stopping_rule : StoppingRule, as `StoppingRule(n0, n, alpha)` or `certify.sequential_rule`
+    noise : optional, see `NoiseForm.parse`
+        "grid", "exact-grid", "grid:255", "exact-grid:255" or "float"; by default the data's grid where it has one.
     seed : int
     out : path, optional
         The record's folder; an unfinished record of the same run goes on where it stopped. Without it
         the record lives in memory.
-    grid : "data" (the data set's own), a number of steps, None for float noise, or "exact"
-        Noise is rounded to this grid before it is added; "exact" draws it on the data's grid by exact thresholds.
     batch, device, precision, compile : see `VoteStream`
     model_id : str, optional
         Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
+    progress : bool
+        Show a progress bar, and before a long run a line that says what it will cost.
+    executor : concurrent.futures.Executor, optional
+        Does the work in other processes or on other machines, as `client.get_executor()` of Dask; this process then
+        reads images, makes decisions and writes the record. The counts are the same.
+
+    Returns
+    -------
+    Record, to be read with `certify.certificates`
 
     Raises
     ------
     RecordError
         If `out` holds another run, or images differ from those recorded.
+    ValueError
+        If a radius of a sequential rule is beyond what unanimous votes certify; see `certify.sequential.check_rule`.
     KeyboardInterrupt
         Passed on after all finished blocks are written.
     """
-    record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=stopping_rule, **settings)
+    if stopping_rule.kind != "fixed":
+        check_rule(stopping_rule, sigma)
+    record, stream = open_run(
+        base_classifier, images, sigma=sigma, stopping_rule=stopping_rule, noise=noise, seed=seed, out=out, batch=batch,
+        device=device, precision=precision, compile=compile, model_id=model_id,
+    )  # fmt: skip
+    fill = _fill if stopping_rule.kind == "fixed" else _fill_look_by_look
+    fill(record, stream, executor, progress)
+    return record
+
+
+def _fill(record: Record, stream: VoteStream, executor: Executor | None, progress: bool) -> None:
+    images, rule = stream.images, record.stopping_rule
     check_sigmas(record, stream)
     tasks = missing_tasks(record, images)
     if not tasks:
-        return record
-    samples, per_image = sum(t.stop - t.start for t in tasks), stopping_rule.n0 + stopping_rule.n
+        return
+    samples, per_image = sum(t.stop - t.start for t in tasks), rule.n0 + rule.n
     announce(stream, samples, len({t.image for t in tasks}))
     with (
         Progress(len(images), f"votes at {_sigma_in_words(record)}", show=progress) as bar,
@@ -153,7 +169,58 @@ def collect_votes(
         bar.update(len(images) - samples / per_image)
         for task, counts, made in run_on(executor, stream, tasks, lambda done: bar.update(done / per_image)):
             writer.add(task, counts, made)
-    return record
+
+
+def _fill_look_by_look(record: Record, stream: VoteStream, executor: Executor | None, progress: bool) -> None:
+    images, rule = stream.images, record.stopping_rule
+    check_contents(record, images)
+    looks = _Looks(record, images)
+    announce(stream, len(images) * (rule.n0 + rule.looks[0]), len(images), how="at the least ")
+    with (
+        Progress(len(images), f"decisions at {_sigma_in_words(record)}", show=progress) as bar,
+        RecordWriter(record, stream) as writer,
+    ):
+        undecided = list(range(len(images)))
+        while undecided:
+            tasks = looks.next_tasks(undecided)
+            bar.update(len(undecided) - len(tasks))
+            undecided = [task.image for task in tasks]
+            for task, counts, made in run_on(executor, stream, tasks):
+                looks.add(task, counts)
+                writer.add(task, counts, made)
+
+
+class _Looks:
+    """What a sequential rule has seen of each image, and which block it wants next."""
+
+    def __init__(self, record: Record, images: Images) -> None:
+        self.rule, self.sigma, self.labels = record.stopping_rule, record.sigma, images.labels
+        known = record.looks().set_index("image_id")
+        self._seen = {
+            purpose: [list(known.at[i, purpose_name]) if i in known.index else [] for i in images.ids]
+            for purpose, purpose_name in ((Purpose.SELECT, "selection"), (Purpose.ESTIMATE, "estimation"))
+        }
+        self._select = list(itertools.pairwise(block_edges(self.rule.n0)))
+        self._estimate = list(itertools.pairwise(self.rule.edges()))
+
+    def add(self, task: Task, counts: np.ndarray) -> None:
+        self._seen[task.purpose][task.image].append(counts)
+
+    def next_tasks(self, candidates: Sequence[int]) -> list[Task]:
+        """The next block of each candidate that the rule has not stopped."""
+        selected, estimated = self._seen[Purpose.SELECT], self._seen[Purpose.ESTIMATE]
+        tasks = {
+            i: Task(i, Purpose.SELECT, *self._select[len(selected[i])])
+            for i in candidates
+            if len(selected[i]) < len(self._select)
+        }
+        guessed = {i: int(np.sum(selected[i], axis=0).argmax()) for i in candidates if i not in tasks}
+        wanted = [i for i, c_a in guessed.items() if not (self.rule.skip_wrong and c_a != self.labels[i])]
+        successes = [np.cumsum([counts[guessed[i]] for counts in estimated[i]], dtype=np.int64) for i in wanted]
+        for i, is_open in zip(wanted, still_open(self.rule, self.sigma, successes), strict=True):
+            if is_open:
+                tasks[i] = Task(i, Purpose.ESTIMATE, *self._estimate[len(estimated[i])])
+        return [tasks[i] for i in candidates if i in tasks]
 
 
 # --- on other processes and machines -------------------------------------------------------------------
@@ -373,74 +440,3 @@ def provenance(device: torch.device, batch: int, road: str) -> dict:
 
 def now_in_words() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def certify_sequentially(
-    base_classifier: Callable,
-    images,
-    *,
-    sigma: float,
-    rule: StoppingRule,
-    progress: bool = True,
-    executor: Executor | None = None,
-    **settings,
-) -> Record:
-    """Sample each image until its rule says stop; images still open share the batches.
-
-    Parameters
-    ----------
-    base_classifier, images, sigma, and settings (seed, out, grid, batch, device, model_id) : as in
-        `sampling.run.collect_votes`
-    rule : StoppingRule, from `sequential_rule`
-    executor : concurrent.futures.Executor, optional
-        As in `collect_votes`; the next looks are decided here when all of a round are back.
-
-    Returns
-    -------
-    Record, to be read with `certify.certificates`
-
-    Raises
-    ------
-    ValueError
-        If a radius of the rule is beyond what n_max unanimous votes certify; see `check_rule`.
-    """
-    from smoothkit.sampling.batches import Task
-    from smoothkit.sampling.progress import Progress
-    from smoothkit.sampling.stream import PURPOSES
-
-    check_rule(rule, sigma)
-    record, stream = open_run(base_classifier, images, sigma=sigma, stopping_rule=rule, **settings)
-    check_contents(record, images)
-    known = record.looks().set_index("image_id")
-    counted = [
-        (list(known.at[i, "selection"]), list(known.at[i, "estimation"])) if i in known.index else ([], [])
-        for i in images.ids
-    ]
-    select = list(itertools.pairwise(block_edges(rule.n0)))
-    estimate = list(itertools.pairwise(rule.edges()))
-    announce(stream, len(images) * (rule.n0 + rule.looks[0]), len(images), how="at the least ")
-
-    def next_tasks(candidates: list[int]) -> list[Task]:
-        selecting = [i for i in candidates if len(counted[i][0]) < len(select)]
-        tasks = {i: Task(i, PURPOSES[SELECT], *select[len(counted[i][0])]) for i in selecting}
-        guessed = {i: int(np.sum(counted[i][0], axis=0).argmax()) for i in candidates if i not in tasks}
-        wanted = [i for i, c_a in guessed.items() if not (rule.skip_wrong and c_a != images.labels[i])]
-        successes = [np.cumsum([counts[guessed[i]] for counts in counted[i][1]], dtype=np.int64) for i in wanted]
-        for i, is_open in zip(wanted, still_open(rule, sigma, successes), strict=True):
-            if is_open:
-                tasks[i] = Task(i, PURPOSES[ESTIMATE], *estimate[len(counted[i][1])])
-        return [tasks[i] for i in candidates if i in tasks]
-
-    with (
-        Progress(len(images), f"decisions at sigma {sigma:g}", show=progress) as bar,
-        RecordWriter(record, stream) as writer,
-    ):
-        undecided = list(range(len(images)))
-        while undecided:
-            tasks = next_tasks(undecided)
-            bar.update(len(undecided) - len(tasks))
-            undecided = [task.image for task in tasks]
-            for task, counts, made in run_on(executor, stream, tasks):
-                counted[task.image][task.purpose == PURPOSES[ESTIMATE]].append(counts)
-                writer.add(task, counts, made)
-    return record

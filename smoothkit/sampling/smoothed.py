@@ -1,22 +1,21 @@
 """The smoothed classifier as one object: predict and certify images."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 import numpy as np
 from torch import Tensor
 
 from smoothkit.certify.bounds import check_reach, radius_cap
-from smoothkit.certify.fixed import certify_votes, predict_votes
-from smoothkit.certify.sequential import sequential_rule
+from smoothkit.certify.fixed import certify_votes, predict_counts
 from smoothkit.data import Images, from_arrays
 from smoothkit.kernels.philox import Purpose, fresh_seed
 from smoothkit.records.record import Record
 from smoothkit.sampling.batches import Task
-from smoothkit.sampling.run import certify_sequentially, collect_votes
-from smoothkit.sampling.stream import VoteStream, noise_form
-from smoothkit.types import Certificate, StoppingRule, Votes, check_sigma
+from smoothkit.sampling.run import collect_votes
+from smoothkit.sampling.stream import VoteStream
+from smoothkit.types import Certificate, NoiseForm, StoppingRule, Votes, check_sigma
 
 
 class Smoothed:
@@ -56,83 +55,80 @@ class Smoothed:
         self,
         images: Images | Tensor,
         *,
-        n0: int = 100,
-        n: int = 10_000,
-        alpha: float = 0.001,
+        n: int | None = None,
+        n0: int | None = None,
+        alpha: float | None = None,
+        rule: StoppingRule | None = None,
+        noise: str | NoiseForm | None = None,
         seed: int = 0,
         out: str | os.PathLike | None = None,
-        grid: int | str | None = "data",
         progress: bool = True,
         executor: Executor | None = None,
     ) -> Record:
-        """All votes that certifying `images` needs, as a record (kept in the folder `out`, or in memory).
+        """All votes that certifying `images` needs, as a record; read it with `certificates`.
 
-        Refuses, before sampling, an n that cannot reach alpha. With an `executor` the work is done elsewhere, see
-        `sampling.run.collect_votes`.
+        Parameters
+        ----------
+        images : Images, or float tensor [B, C, H, W] or [C, H, W] on [0, 1]
+        n, n0, alpha : int, int, float
+            A fixed number of samples: n (10,000) estimate p_A and n0 (100) select the class; the certificate may fail
+            with probability alpha (0.001).
+        rule : StoppingRule, instead of the three
+            As `sequential_rule(radii=[0.25])`, which decides radii, or `sequential_rule(within=0.05)`, which finds the
+            radius; often with far fewer samples.
+        noise : "grid", "exact-grid", "grid:255", "exact-grid:255" or "float"
+            By default the data's own grid where it has one, else float; see `NoiseForm.parse`.
+        seed : int
+        out : path, optional
+            The record's folder, where an interrupted run goes on; in memory without it.
+        progress : bool
+        executor : concurrent.futures.Executor, optional
+            Does the work elsewhere; see `sampling.run.collect_votes`.
+
+        Raises
+        ------
+        ValueError
+            Before sampling, for an n that cannot reach alpha, or radii that n cannot certify.
+        RecordError
+            If `out` holds another run.
         """
-        rule = StoppingRule(n0=n0, n=n, alpha=alpha)
-        check_reach(n, alpha)
         return collect_votes(
             self.base_classifier,
             _as_images(images),
             sigma=self.sigma,
-            stopping_rule=rule,
+            stopping_rule=_rule_of(rule, n, n0, alpha),
+            noise=noise,
             seed=seed,
             out=out,
-            grid=grid,
             model_id=self.model_id,
             **self._how,
             progress=progress,
             executor=executor,
         )
 
-    def sample_sequentially(
-        self, images: Images | Tensor, radii: Sequence[float], *, seed: int = 0, progress: bool = True, **settings
-    ) -> Record:
-        """Votes until each of `radii` is certified or given up for each image; often far fewer than a fixed n.
-
-        Settings are those of `certify.sequential_rule` (n0, n_max, alpha, beta, kind, looks, skip_wrong)
-        and `out`, `grid`. The record is read with `certify.certificates`.
-        """
-        return self._sample_by_rule(images, settings, seed=seed, progress=progress, radii=radii)
-
-    def sample_to_radius(
-        self, images: Images | Tensor, within: float, *, seed: int = 0, progress: bool = True, **settings
-    ) -> Record:
-        """Votes until sampling on would lengthen an image's certified radius by no more than `within`.
-
-        The radius itself is the answer here, to within so much (pixel units, as sigma), where `sample_sequentially`
-        answers for radii given beforehand. Settings are those of `certify.sequential_rule` (n0, n_max, alpha, beta,
-        looks, skip_wrong) and `out`, `grid`. The record is read with `certify.certificates`.
-        """
-        return self._sample_by_rule(images, settings, seed=seed, progress=progress, within=within)
-
-    def _sample_by_rule(self, images: Images | Tensor, settings: dict, *, seed: int, progress: bool, **aim) -> Record:
-        where = {name: settings.pop(name) for name in ("out", "grid", "executor") if name in settings}
-        return certify_sequentially(
-            self.base_classifier,
-            _as_images(images),
-            sigma=self.sigma,
-            rule=sequential_rule(**aim, **settings),
-            seed=seed,
-            model_id=self.model_id,
-            **self._how,
-            progress=progress,
-            **where,
-        )
-
-    def certify(self, images: Images | Tensor, **settings) -> list[Certificate]:
-        """One certificate an image, in order; settings as in `sample`."""
+    def certify(
+        self,
+        images: Images | Tensor,
+        *,
+        n: int = 10_000,
+        n0: int = 100,
+        alpha: float = 0.001,
+        noise: str | NoiseForm | None = None,
+        seed: int = 0,
+        out: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> list[Certificate]:
+        """One certificate an image, in order (CERTIFY of Cohen et al. 2019); parameters as in `sample`."""
         images = _as_images(images)
-        record = self.sample(images, **settings)
+        record = self.sample(images, n=n, n0=n0, alpha=alpha, noise=noise, seed=seed, out=out, progress=progress)
         names = self.class_names(images)
         votes = record.votes().set_index("image_id")
         return [
             certify_votes(
-                Votes(votes.at[i, "counts_selection"], int(votes.at[i, "n0"])),
-                Votes(votes.at[i, "counts_estimation"], int(votes.at[i, "n"])),
+                Votes(votes.at[i, "counts_selection"], n0),
+                Votes(votes.at[i, "counts_estimation"], n),
                 sigma=self.sigma,
-                alpha=record.stopping_rule.alpha,
+                alpha=alpha,
                 noise=record.identity.noise,
                 class_names=names,
             )
@@ -145,26 +141,20 @@ class Smoothed:
         *,
         n: int = 1_000,
         alpha: float = 0.001,
+        noise: str | NoiseForm | None = None,
         seed: int | None = None,
-        grid: int | str | None = "data",
     ) -> np.ndarray:
-        """Classes of images (ABSTAIN = -1), each wrong with probability at most alpha.
+        """Classes of images (ABSTAIN = -1), each wrong with probability at most alpha (PREDICT of Cohen et al. 2019).
 
         Every call draws fresh noise unless given a `seed`: an attacker must not foresee it.
         """
         check_reach(n, alpha, predict=True)
         images = _as_images(images)
-        stream = VoteStream(
-            self.base_classifier,
-            images,
-            sigma=self.sigma,
-            seed=fresh_seed() if seed is None else seed,
-            grid=noise_form(grid, images),
-            **self._how,
-        )
+        seed = fresh_seed() if seed is None else seed
+        stream = VoteStream(self.base_classifier, images, sigma=self.sigma, seed=seed, noise=noise, **self._how)
         tasks = [Task(i, Purpose.PREDICT, 0, n) for i in range(len(images))]
-        answers = {task.image: predict_votes(Votes(counts, n), alpha=alpha) for task, counts, _ in stream.run(tasks)}
-        return np.array([answers[i] for i in range(len(images))])
+        counted = {task.image: counts for task, counts, _ in stream.run(tasks)}
+        return predict_counts(np.stack([counted[i] for i in range(len(images))]), n, alpha=alpha)
 
     def class_names(self, images: Images) -> tuple[str, ...]:
         return images.class_names or tuple(getattr(self.base_classifier, "class_names", ()))
@@ -172,6 +162,19 @@ class Smoothed:
     def radius_cap(self, n: int, alpha: float = 0.001) -> float:
         """The largest radius n samples can certify at this sigma."""
         return radius_cap(n, alpha, self.sigma)
+
+
+def _rule_of(rule: StoppingRule | None, n: int | None, n0: int | None, alpha: float | None) -> StoppingRule:
+    given = {name: value for name, value in (("n", n), ("n0", n0), ("alpha", alpha)) if value is not None}
+    if rule is not None:
+        if given:
+            raise ValueError(
+                f"rule has n0, n and alpha of its own; leave out {', '.join(given)} or give them to the rule"
+            )
+        return rule
+    rule = StoppingRule(**{"n0": 100, "n": 10_000, "alpha": 0.001} | given)
+    check_reach(rule.n, rule.alpha)
+    return rule
 
 
 def _as_images(images: Images | Tensor) -> Images:

@@ -17,10 +17,10 @@ from smoothkit.kernels.noise import load_kernels, noise_scale
 from smoothkit.kernels.noise_exact import exact_noisy_copies
 from smoothkit.kernels.philox import Purpose, content_digest
 from smoothkit.records.format import ESTIMATE, SELECT
-from smoothkit.sampling.batches import ImagesAtHand, NoiseForm, Plan, Step, Task, plans
+from smoothkit.sampling.batches import ImagesAtHand, Plan, Step, Task, plans
 from smoothkit.sampling.forward import COMPILE_AFTER, WORTH, Forward, now, prepare
 from smoothkit.sampling.progress import say
-from smoothkit.types import check_samples, check_sigma
+from smoothkit.types import NoiseForm, check_samples, check_sigma
 
 CPU_BATCH = 100  # larger batches lose to page faults
 CUDA_BATCHES = (256, 512, 1024, 2048, 4096)  # tried in turn while they are faster
@@ -39,8 +39,8 @@ class VoteStream:
     images : Images
     sigma : float, or one for each image
     seed : int
-    grid : int, None or NoiseForm
-        Steps of the grid that noise is rounded to; None for float noise.
+    noise : optional, see `NoiseForm.parse`
+        By default on the images' own grid, or float where they have none.
     batch : int, optional
         Rows of every forward pass; 100 on a CPU, measured on a GPU. Halved when memory runs out.
     device : str, optional
@@ -59,7 +59,7 @@ class VoteStream:
         *,
         sigma: float | Sequence[float],
         seed: int,
-        grid: int | NoiseForm | None,
+        noise: str | NoiseForm | None = None,
         batch: int | None = None,
         device: str | torch.device | None = None,
         precision: str = "float32",
@@ -70,7 +70,7 @@ class VoteStream:
         self.sigmas = np.broadcast_to(np.asarray(sigma, dtype=np.float64), len(images))
         for s in np.unique(self.sigmas):
             check_sigma(float(s))
-        self.noise = grid if isinstance(grid, NoiseForm) else NoiseForm(grid)
+        self.noise = NoiseForm.parse(noise, images.grid)
         self._scales = np.array([noise_scale(float(s), self.noise.grid) for s in self.sigmas])
         self.device = torch.device(device) if device else _device_of(base_classifier)
         if isinstance(base_classifier, nn.Module):
@@ -79,7 +79,7 @@ class VoteStream:
             raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
         if batch is not None:
             check_samples("batch", batch)
-        self._asked = dict(seed=seed, grid=self.noise, device=device, precision=precision, compile=compile)
+        self._asked = dict(seed=seed, noise=self.noise, device=device, precision=precision, compile=compile)
         self._fingerprint = fingerprint
         self._last_image: tuple[int, Tensor] | None = None
         self.digests: dict[int, str] = {}  # of every image read so far
@@ -93,8 +93,14 @@ class VoteStream:
             self.batch = batch or self._find_batch()
             self._probe()
 
-    num_classes = property(lambda self: self.forward.num_classes)
-    samples_per_second = property(lambda self: self.forward.samples_per_second)
+    @property
+    def num_classes(self) -> int:
+        return self.forward.num_classes
+
+    @property
+    def samples_per_second(self) -> float:
+        """As measured on the probe batch, and again once compiled."""
+        return self.forward.samples_per_second
 
     @property
     def settings(self) -> dict:
@@ -287,17 +293,3 @@ def _warn_if_not_repeatable(first: Tensor, again: Tensor) -> None:
         f"{flipped} of {len(first)} votes; certificates hold only if its randomness does not depend on the image",
         stacklevel=5,
     )
-
-
-# --- filling a record --------------------------------------------------------------------------------
-
-
-def noise_form(grid: int | str | None, images: Images) -> NoiseForm:
-    """The noise that `grid` asks for: "data", "exact", a number of steps, or None for float noise."""
-    if grid == "exact":
-        if images.grid is None:
-            raise ValueError(
-                f"grid='exact' needs data that declares a grid, and {images.dataset} declares none; use grid=None"
-            )
-        return NoiseForm(images.grid, exact=True)
-    return NoiseForm(images.grid if grid == "data" else grid)

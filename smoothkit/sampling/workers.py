@@ -10,6 +10,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor
@@ -55,26 +56,26 @@ def spread(
     Exception
         What `work` raised.
     """
-    hand = _by_dask(executor, shared, sent) if hasattr(executor, "_client") else _by_token(executor, shared, sent)
+    pool = _pool_of(executor)(executor, work, shared, sent)
     units, pending, given_up = iter(units), {}, 0
     try:
         while True:
             while len(pending) < IN_FLIGHT and (unit := next(units, None)) is not None:
-                pending[hand(work, unit, False)] = unit
+                pending[pool.submit(unit)] = unit
             if not pending:
                 break
             done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 unit = pending.pop(future)
                 error = future.exception()
-                if error is None and isinstance(future.result(), _Missing):
-                    pending[hand(work, unit, True)] = unit
-                elif error is None:
-                    yield unit, future.result()
-                elif type(error).__name__ == "KilledWorker":  # Dask's, for a unit that several workers died of
+                if isinstance(error, pool.gave_up):
                     given_up += 1
-                else:
+                elif error is not None:
                     raise error
+                elif isinstance(future.result(), _Missing):
+                    pending[pool.submit(unit, send=True)] = unit
+                else:
+                    yield unit, future.result()
     except BrokenExecutor as error:
         raise WorkersLost(
             f"the pool of workers broke ({error or 'a worker died'}); what came back is kept: run again, with a new pool"
@@ -88,24 +89,41 @@ def spread(
         )
 
 
-def _by_dask(executor: Executor, shared: Any, sent: Callable[[], None]) -> Callable:
-    kept = executor._client.scatter(shared, broadcast=True, hash=False)  # to every worker, and by them to later ones
-    sent()
-    return lambda work, unit, again: executor.submit(_do, work, kept, unit)
+def _pool_of(executor: Executor) -> "type[_Pool]":
+    distributed = sys.modules.get("distributed")  # an executor of Dask's exists only where it is imported
+    of_dask = distributed is not None and isinstance(executor, distributed.cfexecutor.ClientExecutor)
+    return _DaskPool if of_dask else _Pool
 
 
-def _by_token(executor: Executor, shared: Any, sent: Callable[[], None]) -> Callable:
-    token = secrets.token_hex(8)
-    first = [True]
+class _Pool:
+    """Hands units to any executor: the first takes the shared part along, and whoever lacks it asks for it."""
 
-    def hand(work: Callable, unit: Any, again: bool):
-        send = again or first[0]
-        first[0] = False
+    gave_up: tuple[type[BaseException], ...] = ()  # errors of a unit that several workers died of
+
+    def __init__(self, executor: Executor, work: Callable, shared: Any, sent: Callable[[], None]) -> None:
+        self.executor, self.work, self.shared, self.sent = executor, work, shared, sent
+        self.token, self._first = secrets.token_hex(8), True
+
+    def submit(self, unit: Any, *, send: bool = False) -> concurrent.futures.Future:
+        send, self._first = send or self._first, False
         if send:
-            sent()
-        return executor.submit(_do_kept, work, token, unit, shared if send else None)
+            self.sent()
+        return self.executor.submit(_do_kept, self.work, self.token, unit, self.shared if send else None)
 
-    return hand
+
+class _DaskPool(_Pool):
+    """Dask brings the shared part to every worker itself, and to later ones."""
+
+    def __init__(self, executor: Executor, work: Callable, shared: Any, sent: Callable[[], None]) -> None:
+        import distributed  # an extra; whoever made this executor has it
+
+        super().__init__(executor, work, shared, sent)
+        self.gave_up = (distributed.KilledWorker,)
+        self.shared = executor._client.scatter(shared, broadcast=True, hash=False)
+        sent()
+
+    def submit(self, unit: Any, *, send: bool = False) -> concurrent.futures.Future:
+        return self.executor.submit(_do, self.work, self.shared, unit)
 
 
 def _do(work: Callable, shared: Any, unit: Any) -> Any:

@@ -245,8 +245,6 @@ def test_tables_hold_what_the_functions_give(n, alpha):
     lower = bounds.lower_bound_table(n, alpha)
     assert lower.shape == (n + 1,) and lower.dtype == np.float64
     assert [float(bounds.clopper_pearson_lower(k, n, alpha)) for k in range(n + 1)] == lower.tolist()
-    radii = bounds.radius_table(n, alpha, 0.25)
-    assert [float(bounds.radius(p, 0.25)) for p in lower] == radii.tolist()
 
 
 def test_tables_are_made_once_and_cannot_be_changed():

@@ -15,9 +15,9 @@ from smoothkit.certify.cascade import (
     cascade_classes,
     cascade_radii,
     certify_cascade,
-    error_rates,
     fast_predict,
 )
+from smoothkit.certify.table import error_rates
 from smoothkit.reading import average_certified_radius, certified_accuracy
 from smoothkit.records import Identity, RecordError, Row, create_record
 from smoothkit.sampling.cascade import sample_cascade

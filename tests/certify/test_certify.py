@@ -22,9 +22,9 @@ def votes(*counts, n=None) -> Votes:
 # --- soundness -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [None, 255])
+@pytest.mark.parametrize("noise", ["float", "grid:255"])
 @pytest.mark.parametrize("margin", [1.0, 1.5, 2.0])  # in units of sigma
-def test_linear_classifier_is_certified_at_its_true_radius(linear, grid, margin):
+def test_linear_classifier_is_certified_at_its_true_radius(linear, noise, margin):
     """A half-space at a known distance, through normalisation: never beyond it, and at least 97% of it."""
     sigma, n = 0.25, 100_000
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def test_linear_classifier_is_certified_at_its_true_radius(linear, grid, margin)
         per_pixel.double(),
     )
     truth = float((w64 @ (n64 / p64) + b) / (w64 / p64).norm())
-    record = Smoothed(base, sigma).sample(image[None], n=n, grid=grid, progress=False)
+    record = Smoothed(base, sigma).sample(image[None], n=n, noise=noise, progress=False)
     certificate = certificates(record).iloc[0]
     assert certificate["predict"] == 1
     assert 0.97 * truth <= certificate["radius"] <= truth
@@ -279,9 +279,9 @@ def one_pixel(value: int) -> torch.Tensor:
     return torch.full((1, 1, 1), value, dtype=torch.float32) / 255
 
 
-def class_one_share(value: int, grid: int | None) -> float:
+def class_one_share(value: int, noise: str) -> float:
     record = Smoothed(reads_its_input_off_the_rounding, 0.25).sample(
-        one_pixel(value), n=20_000, grid=grid, progress=False
+        one_pixel(value), n=20_000, noise=noise, progress=False
     )
     return record.votes()["counts_estimation"][0][1] / 20_000
 
@@ -289,21 +289,21 @@ def class_one_share(value: int, grid: int | None) -> float:
 def test_float_noise_leaks_the_image_and_certifies_falsely():
     """The counter-example of Voráček and Hein (ICLR 2023), one pixel: certified far beyond where the class changes."""
     certificate = Smoothed(reads_its_input_off_the_rounding, 0.25).certify(
-        one_pixel(210), n=20_000, progress=False, grid=None
+        one_pixel(210), n=20_000, progress=False, noise="float"
     )[0]
     distance = (210 - 50) / 255
     assert certificate.predicted == 1 and certificate.radius > distance
-    assert class_one_share(50, None) < 0.51  # within the certified radius class 1 no longer leads
+    assert class_one_share(50, "float") < 0.51  # within the certified radius class 1 no longer leads
 
 
 def test_grid_noise_is_sound_on_the_same_classifier():
     """On the grid the classifier sees the same values from every pixel: where it is certified, the class holds."""
     smoothed = Smoothed(reads_its_input_off_the_rounding, 0.25)
     for value in (210, 100, 50):
-        certificate = smoothed.certify(one_pixel(value), n=20_000, progress=False, grid=255)[0]
+        certificate = smoothed.certify(one_pixel(value), n=20_000, progress=False, noise="grid:255")[0]
         if certificate.abstained:
             continue
         reach = int(certificate.radius * 255)
         for other in {max(0, value - reach), min(255, value + reach), max(0, value - reach // 2)}:
-            share = class_one_share(other, 255)
+            share = class_one_share(other, "grid:255")
             assert (share if certificate.predicted == 1 else 1 - share) > 0.49

@@ -39,6 +39,10 @@ from smoothkit.records import RecordError, open_record
 from smoothkit.types import ABSTAIN, StoppingRule
 
 
+def sampled(smoothed, images, radii=(), *, out=None, seed=0, progress=True, **rule):
+    return smoothed.sample(images, rule=sequential_rule(radii, **rule), out=out, seed=seed, progress=progress)
+
+
 @contextlib.contextmanager
 def interrupted_after(tasks: int) -> Iterator[None]:
     """Ctrl-C when so many tasks have been counted and another is done."""
@@ -239,7 +243,7 @@ def test_half_space_is_never_certified_beyond_its_distance(linear, margin):
     base = linear(w, float(margin * sigma * w.norm() - w.sum() * 0.5))
     radii = [sigma * margin * share for share in (0.5, 0.9, 1.02, 1.3)]
     for kind in ("hybrid", "kt", "staged"):
-        record = Smoothed(base, sigma).sample_sequentially(image[None], radii, n_max=20_000, kind=kind, progress=False)
+        record = sampled(Smoothed(base, sigma), image[None], radii, n_max=20_000, kind=kind, progress=False)
         row = certificates(record).iloc[0]
         assert row["predict"] == 1 and row["radius"] == pytest.approx(radii[1])
 
@@ -338,7 +342,7 @@ def test_half_space_radius_is_found_to_the_precision(linear):
     w = torch.randn(3 * 8 * 8, generator=torch.Generator().manual_seed(1))
     base = linear(w, float(margin * sigma * w.norm() - w.sum() * 0.5))
     image = torch.full((1, 3, 8, 8), 0.5)
-    record = Smoothed(base, sigma).sample_to_radius(image, within, n_max=20_000, progress=False)
+    record = sampled(Smoothed(base, sigma), image, within=within, n_max=20_000, progress=False)
     row = certificates(record).iloc[0]
     assert row["predict"] == 1 and sigma * margin - 2 * within < row["radius"] <= sigma * margin
     assert row["n"] < 8_000 and row["radius"] == float(radius(row["p_a_lower"], sigma))
@@ -347,15 +351,15 @@ def test_half_space_radius_is_found_to_the_precision(linear):
 def test_found_radii_do_not_depend_on_submissions_or_interruptions(starter, digits, tmp_path):
     smoothed, images = Smoothed(starter, 0.25), digits.take("range:6:10")
     settings = dict(within=0.15, n_max=1_000, seed=3, progress=False)
-    whole = certificates(smoothed.sample_to_radius(images, **settings))
+    whole = certificates(sampled(smoothed, images, **settings))
     columns = ["idx", "predict", "radius", "n", "n_a", "p_a_lower"]
-    alone = [certificates(smoothed.sample_to_radius(images.take(f"range:{i}:{i + 1}"), **settings)) for i in range(4)]
+    alone = [certificates(sampled(smoothed, images.take(f"range:{i}:{i + 1}"), **settings)) for i in range(4)]
     assert whole[columns].to_numpy().tolist() == [t[columns].to_numpy()[0].tolist() for t in alone]
 
     with interrupted_after(8), pytest.raises(KeyboardInterrupt):
-        smoothed.sample_to_radius(images, out=tmp_path / "r", **settings)
+        sampled(smoothed, images, out=tmp_path / "r", **settings)
     assert len(open_record(tmp_path / "r").rows()) == 8
-    resumed = smoothed.sample_to_radius(images, out=tmp_path / "r", **settings)
+    resumed = sampled(smoothed, images, out=tmp_path / "r", **settings)
     assert certificates(resumed)[columns].equals(whole[columns])
     assert certificates(open_record(tmp_path / "r"))[columns].equals(whole[columns])
     assert whole["n"].nunique() > 1 and (whole["radius"] <= radius_cap(1_000, 0.0005, 0.25)).all()
@@ -363,13 +367,13 @@ def test_found_radii_do_not_depend_on_submissions_or_interruptions(starter, digi
         with pytest.raises(RecordError, match=r"'radius' at alpha=0.001; it can be read by that rule only"):
             certificates(resumed, **other)
     with pytest.raises(RecordError, match="is the record of another run"):
-        smoothed.sample_to_radius(images, out=tmp_path / "r", **{**settings, "within": 0.1})
+        sampled(smoothed, images, out=tmp_path / "r", **{**settings, "within": 0.1})
 
 
 def test_an_image_without_an_answer_stops_early(digits):
     """p_A below 1/2: nothing can be gained, and the answer is to abstain."""
     base = lambda x: torch.nn.functional.one_hot((x[:, 0, 0, 0] * 1e4).long() % 10, 10).float()  # noqa: E731
-    record = Smoothed(base, 0.25).sample_to_radius(digits.take("first:2"), 0.05, n_max=5_000, progress=False)
+    record = sampled(Smoothed(base, 0.25), digits.take("first:2"), within=0.05, n_max=5_000, progress=False)
     table = certificates(record)
     assert (table["predict"] == ABSTAIN).all() and (table["radius"] == 0).all() and (table["n"] == 100).all()
 
@@ -411,7 +415,7 @@ def test_digits_are_decided_as_by_many_samples_with_far_fewer(starter, digits):
     from conftest import ROOT
 
     images, radii = digits.take("first:40"), (0.25, 0.5)
-    record = Smoothed(starter, 0.25).sample_sequentially(images, radii, n_max=10_000, progress=False)
+    record = sampled(Smoothed(starter, 0.25), images, radii, n_max=10_000, progress=False)
     table = certificates(record)
     fixed = certificates(open_record(ROOT / "data" / "records" / "digits-vit-0.25-sigma-0.25")).iloc[:40]
     assert table["idx"].tolist() == fixed["idx"].tolist()
@@ -425,20 +429,18 @@ def test_digits_are_decided_as_by_many_samples_with_far_fewer(starter, digits):
 def test_submissions_and_interruptions_change_nothing(starter, digits, tmp_path):
     smoothed, images = Smoothed(starter, 0.25), digits.take("range:6:12")
     settings = dict(radii=[0.25, 0.5], n_max=1_000, seed=3, progress=False)
-    whole = certificates(smoothed.sample_sequentially(images, **settings))
-    alone = [
-        certificates(smoothed.sample_sequentially(images.take(f"range:{i}:{i + 1}"), **settings)) for i in range(6)
-    ]
+    whole = certificates(sampled(smoothed, images, **settings))
+    alone = [certificates(sampled(smoothed, images.take(f"range:{i}:{i + 1}"), **settings)) for i in range(6)]
     columns = ["idx", "predict", "radius", "n", "n_a"]
     assert whole[columns].to_numpy().tolist() == [t[columns].to_numpy()[0].tolist() for t in alone]
 
     with interrupted_after(20), pytest.raises(KeyboardInterrupt):
-        smoothed.sample_sequentially(images, out=tmp_path / "r", **settings)
+        sampled(smoothed, images, out=tmp_path / "r", **settings)
     assert len(open_record(tmp_path / "r").rows()) > 0
-    resumed = smoothed.sample_sequentially(images, out=tmp_path / "r", **settings)
+    resumed = sampled(smoothed, images, out=tmp_path / "r", **settings)
     assert certificates(resumed)[columns].equals(whole[columns])
     parts = len(resumed.parts())
-    assert len(smoothed.sample_sequentially(images, out=tmp_path / "r", **settings).parts()) == parts
+    assert len(sampled(smoothed, images, out=tmp_path / "r", **settings).parts()) == parts
 
 
 def test_a_part_moved_away_is_sampled_again(starter, digits, tmp_path, monkeypatch):
@@ -448,17 +450,17 @@ def test_a_part_moved_away_is_sampled_again(starter, digits, tmp_path, monkeypat
     monkeypatch.setattr(run, "PART_SECONDS", 0.0)
     settings = dict(radii=[0.25, 0.5], n_max=2_000, out=tmp_path / "r", progress=False)
     smoothed, images = Smoothed(starter, 0.25), digits.take("range:20:24")
-    whole = certificates(smoothed.sample_sequentially(images, **settings))
+    whole = certificates(sampled(smoothed, images, **settings))
     parts = open_record(tmp_path / "r").parts()
     for part in (parts[1], parts[5], parts[len(parts) // 2]):  # a selection, an early look, one in the middle
         part.unlink()
     assert len(certificates(open_record(tmp_path / "r"))) < len(whole)
-    assert certificates(smoothed.sample_sequentially(images, **settings)).equals(whole)
+    assert certificates(sampled(smoothed, images, **settings)).equals(whole)
 
 
 def test_a_record_that_stopped_early_accepts_only_its_own_rule(digits):
-    record = Smoothed(lambda x: x.flatten(1)[:, :10], 0.25).sample_sequentially(
-        digits.take("first:2"), [0.1], n_max=500, progress=False
+    record = sampled(
+        Smoothed(lambda x: x.flatten(1)[:, :10], 0.25), digits.take("first:2"), [0.1], n_max=500, progress=False
     )
     assert len(certificates(record, alpha=0.001)) == 2
     for other in (dict(alpha=0.05), dict(n=100)):
@@ -472,7 +474,7 @@ def test_wrong_guesses_are_skipped_when_only_certified_accuracy_is_wanted(digits
     labels = np.array([0, 1])
     images = data.from_arrays(torch.stack([digits[0], digits[0] * 0.999]), labels)
     base = lambda x: torch.nn.functional.one_hot(torch.ones(len(x), dtype=torch.long), 3).float()  # noqa: E731
-    record = Smoothed(base, 0.25).sample_sequentially(images, [0.25], n_max=500, skip_wrong=True, progress=False)
+    record = sampled(Smoothed(base, 0.25), images, [0.25], n_max=500, skip_wrong=True, progress=False)
     table = certificates(record).sort_values("label", ignore_index=True)
     assert table["n"].tolist()[0] == 0 < table["n"].tolist()[1] and table["correct"].tolist() == [False, True]
     assert record.stopping_rule.skip_wrong  # stated in the record
@@ -491,7 +493,7 @@ def test_wrong_guesses_are_skipped_when_only_certified_accuracy_is_wanted(digits
         (lambda: sequential_rule([0.5], looks=[10]), "end at n=100000"),
         (lambda: StoppingRule(10, 10, 0.1, radii=(0.5,)), "a fixed rule has no radii"),
         (
-            lambda: Smoothed(lambda x: x, 0.25).sample_sequentially(torch.zeros(1, 1, 2, 2), [0.9], n_max=1_000),
+            lambda: sampled(Smoothed(lambda x: x, 0.25), torch.zeros(1, 1, 2, 2), [0.9], n_max=1_000),
             "beyond reach",
         ),
         (lambda: sequential_rule([0.5], within=0.1), "not both"),
@@ -506,7 +508,7 @@ def test_wrong_guesses_are_skipped_when_only_certified_accuracy_is_wanted(digits
         ),
         (lambda: check_rule(sequential_rule(within=2.0, n_max=1_000), 0.25), "too coarse: 1,000 unanimous votes"),
         (
-            lambda: Smoothed(lambda x: x, 0.25).sample_sequentially(torch.zeros(1, 1, 2, 2), [9.0]),
+            lambda: sampled(Smoothed(lambda x: x, 0.25), torch.zeros(1, 1, 2, 2), [9.0]),
             "no number of samples",
         ),
     ],

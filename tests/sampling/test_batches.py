@@ -7,7 +7,8 @@ import torch
 from smoothkit import Purpose
 from smoothkit.kernels.philox import counter_word
 from smoothkit.sampling import batches
-from smoothkit.sampling.batches import PADDING, ImagesAtHand, NoiseForm, Task, plans
+from smoothkit.sampling.batches import PADDING, ImagesAtHand, Task, plans
+from smoothkit.types import NoiseForm
 
 
 def at_hand(images: int = 1000) -> ImagesAtHand:

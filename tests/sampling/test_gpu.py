@@ -31,7 +31,7 @@ class FewPixels(nn.Module):
 
 
 def votes_on(device: str, **settings) -> list[list[int]]:
-    stream = VoteStream(FewPixels(), images(3), sigma=0.5, seed=1, grid=255, batch=256, device=device, **settings)
+    stream = VoteStream(FewPixels(), images(3), sigma=0.5, seed=1, noise="grid:255", batch=256, device=device, **settings)
     tasks = [Task(i, Purpose.ESTIMATE, 0, 3_000) for i in range(3)]  # enough for a graph to be recorded
     assert GRAPH_AFTER < 9_000 / 256
     return [counts.tolist() for _, counts, _ in stream.run(tasks)]
@@ -50,7 +50,7 @@ def test_a_graph_is_recorded_and_counts_the_same(monkeypatch):
 
 
 def test_nothing_waits_between_checkpoints():
-    stream = VoteStream(FewPixels(), images(2), sigma=0.5, seed=1, grid=255, batch=256, device="cuda")
+    stream = VoteStream(FewPixels(), images(2), sigma=0.5, seed=1, noise="grid:255", batch=256, device="cuda")
     step = stream._step(torch.zeros(400, stream.num_classes, dtype=torch.int64, device="cuda"))
     (plan,) = stream._plans([Task(0, Purpose.ESTIMATE, 0, 256)])
     for _ in range(GRAPH_AFTER + 2):  # what is set up on first use may wait
@@ -68,7 +68,7 @@ def test_nothing_waits_between_checkpoints():
 def test_precisions(precision):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
-    settings = dict(sigma=0.5, seed=1, grid=255, batch=256, device="cuda", precision=precision)
+    settings = dict(sigma=0.5, seed=1, noise="grid:255", batch=256, device="cuda", precision=precision)
     stream = VoteStream(network, images(2), **settings)
     tasks = [Task(i, Purpose.ESTIMATE, 0, 1_000) for i in range(2)]
     assert all(counts.sum() == 1_000 for _, counts, _ in stream.run(tasks))

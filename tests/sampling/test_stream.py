@@ -27,7 +27,7 @@ from smoothkit.types import StoppingRule
 
 
 def stream(base_classifier, images, **settings) -> VoteStream:
-    return VoteStream(base_classifier, images, **{"sigma": 0.25, "seed": 0, "grid": images.grid, **settings})
+    return VoteStream(base_classifier, images, **{"sigma": 0.25, "seed": 0, **settings})
 
 
 def counts_of(record) -> dict[int, tuple]:
@@ -185,7 +185,7 @@ def test_nan_rows_vote_for_nobody_and_count(digits):
 def test_exact_grid_noise(starter, digits):
     """Its votes are those of its copies, also where the normalisation is folded in; the record names it."""
     images = digits.take("first:2")
-    record = Smoothed(starter, 0.25).sample(images, n0=10, n=130, alpha=0.01, grid="exact", progress=False)
+    record = Smoothed(starter, 0.25).sample(images, n0=10, n=130, alpha=0.01, noise="exact-grid", progress=False)
     assert record.identity.noise == "exact-grid:256"
     for i, counts in enumerate(record.votes()["counts_estimation"]):
         known = dict(sigma=0.25, seed=0, purpose=Purpose.ESTIMATE, image_id=images.ids[i], grid=256)
@@ -205,15 +205,15 @@ def test_a_copy_that_failed_votes_for_nobody_whatever_the_classifier_says(digits
 
     monkeypatch.setattr(stream_module, "exact_noisy_copies", every_third_fails)
     smoothed = Smoothed(lambda x: x.flatten(1)[:, :10].nan_to_num(), 0.25)
-    record = smoothed.sample(digits.take("first:2"), n0=9, n=300, alpha=0.01, grid="exact", progress=False)
+    record = smoothed.sample(digits.take("first:2"), n0=9, n=300, alpha=0.01, noise="exact-grid", progress=False)
     assert [c.sum() for c in record.votes()["counts_estimation"]] == [200, 200]
     assert [c.sum() for c in record.votes()["counts_selection"]] == [6, 6]
 
 
 def test_exact_noise_needs_a_grid(digits):
     images = data.from_arrays(digits.batch(0, 1) * 0.777, grid=None)
-    with pytest.raises(ValueError, match="grid='exact' needs data that declares a grid"):
-        Smoothed(lambda x: x.flatten(1)[:, :10], 0.25).sample(images, n=100, grid="exact")
+    with pytest.raises(ValueError, match="noise='exact-grid' needs data that declares a grid"):
+        Smoothed(lambda x: x.flatten(1)[:, :10], 0.25).sample(images, n=100, noise="exact-grid")
 
 
 def test_a_sigma_for_each_image(starter, digits):

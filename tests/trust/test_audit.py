@@ -9,6 +9,7 @@ import torch
 
 from smoothbook.cli import main
 from smoothkit import Smoothed, data
+from smoothkit.certify import sequential_rule
 from smoothkit.reading import audit
 from smoothkit.reading.audit import FAILED, NOT_CHECKED, PASSED, votes_apart
 from smoothkit.records import Row, compact, create_record, open_record
@@ -133,10 +134,11 @@ def test_sequential_records_are_proved_look_by_look(made, tmp_path):
     smoothed = Smoothed(classifier, 0.25)
     for kind in ("hybrid", "kt", "staged"):
         out = tmp_path / kind
-        smoothed.sample_sequentially(images, [0.05, 0.1], kind=kind, n_max=2_000, out=out, progress=False)
+        rule = sequential_rule([0.05, 0.1], kind=kind, n_max=2_000)
+        smoothed.sample(images, rule=rule, out=out, progress=False)
         assert audit(out, base_classifier=classifier).verdict == PASSED
     out = tmp_path / "radius"
-    smoothed.sample_to_radius(images, 0.05, n_max=2_000, out=out, progress=False)
+    smoothed.sample(images, rule=sequential_rule(within=0.05, n_max=2_000), out=out, progress=False)
     assert audit(out, base_classifier=classifier).verdict == PASSED
 
 

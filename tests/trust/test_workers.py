@@ -14,8 +14,9 @@ from inject_faults import Slow
 
 from smoothbook.cli import main
 from smoothkit import Smoothed, data, models
+from smoothkit.certify import sequential_rule
 from smoothkit.records import open_record
-from smoothkit.sampling import stream as votes
+from smoothkit.sampling import run
 from smoothkit.sampling.workers import WorkersLost, gpu_pool, spread
 
 
@@ -31,7 +32,7 @@ def images():
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(votes, "UNIT_SAMPLES", 1_000)
+    monkeypatch.setattr(run, "UNIT_SAMPLES", 1_000)
 
 
 def sample(images, out=None, pause=0.0, **settings):
@@ -45,12 +46,10 @@ def test_threads_and_processes_give_the_same_counts(images, small_units, tmp_pat
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         record = sample(images, tmp_path / "r", executor=pool)
     assert counts(record) == expected and {p["device"] for p in record.provenance()} == {"cpu x86_64"}
-    rule = dict(radii=[0.05, 0.1], n_max=2_000, progress=False)
-    one = Smoothed(Slow(0), 0.25, compile=False).sample_sequentially(images, **rule)
+    how = dict(rule=sequential_rule([0.05, 0.1], n_max=2_000), progress=False)
+    one = Smoothed(Slow(0), 0.25, compile=False).sample(images, **how)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assert counts(
-            Smoothed(Slow(0), 0.25, compile=False).sample_sequentially(images, executor=pool, **rule)
-        ) == counts(one)
+        assert counts(Smoothed(Slow(0), 0.25, compile=False).sample(images, executor=pool, **how)) == counts(one)
 
 
 def test_a_real_network_travels(images, small_units):

@@ -12,8 +12,8 @@ from smoothkit.certify.bounds import check_reach
 from smoothkit.data import Images
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.progress import Progress
-from smoothkit.sampling.stream import VoteStream, noise_form
-from smoothkit.types import Votes, check_alpha, check_samples
+from smoothkit.sampling.stream import VoteStream
+from smoothkit.types import NoiseForm, Votes, check_alpha, check_samples
 
 
 def votes_at(
@@ -24,7 +24,7 @@ def votes_at(
     n0: int,
     n: int,
     seed: int = 0,
-    grid: int | str | None = "data",
+    noise: str | None = None,
     progress: bool = True,
     **how,
 ) -> tuple[list[Votes], list[Votes], str]:
@@ -41,8 +41,8 @@ def votes_at(
     """
     check_samples("n0", n0)
     check_samples("n", n)
-    noise = noise_form(grid, images)
-    stream = VoteStream(base_classifier, images, sigma=sigmas, seed=seed, grid=noise, **how)
+    noise = NoiseForm.parse(noise, images.grid)
+    stream = VoteStream(base_classifier, images, sigma=sigmas, seed=seed, noise=noise, **how)
     tasks = [
         Task(i, purpose, 0, stop)
         for i in range(len(images))
@@ -77,7 +77,7 @@ def frozen_certificates(
     sigmas : float, or one for each image
     alpha : float
         Failure probability of each certificate.
-    how : seed, grid, progress, batch, device, precision, compile; see `votes_at`
+    how : seed, noise, progress, batch, device, precision, compile; see `votes_at`
 
     Returns
     -------

@@ -361,7 +361,7 @@ def test_the_scaling_is_folded_into_the_noise(digits, starter):
         noisy = noisy_copies(image, sigma=0.25, grid=256, **where)
         logits = base(noisy)
         torch.testing.assert_close(base.classifier(base.denoise(noisy)), logits, atol=1e-4, rtol=1e-4)
-    stream = VoteStream(base, digits.take("first:1"), sigma=0.25, seed=5, grid=256)
+    stream = VoteStream(base, digits.take("first:1"), sigma=0.25, seed=5)
     ((_, counts, _),) = stream.run([Task(0, Purpose.ESTIMATE, 0, 100)])
     assert counts.tolist() == torch.bincount(logits.argmax(1), minlength=10).tolist()
 

@@ -6,7 +6,8 @@ from smoothbook.tables.claims import _parts, _table, claims
 from smoothbook.tables.table import open_table, read_certificates
 from smoothkit.certify import cascade_certificates, certificates
 from smoothkit.certify.bounds import radius_cap
-from smoothkit.certify.cascade import alpha_per_statement, error_rates
+from smoothkit.certify.cascade import alpha_per_statement
+from smoothkit.certify.table import error_rates
 from smoothkit.reading import average_certified_radius, certified_accuracy, compare
 from smoothkit.records import open_record
 
