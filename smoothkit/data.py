@@ -131,12 +131,11 @@ class Images:
 def class_range(rule: str, classes: int) -> tuple[int, int]:
     """First and last class of a rule `classes:6-9`."""
     found = re.fullmatch(r"classes:(\d+)-(\d+)", rule)
-    first, last = map(int, found.groups()) if found else (1, 0)
-    if not first <= last < classes:
+    if found is None or not int(found[1]) <= int(found[2]) < classes:
         raise ValueError(
             f"subset rule {rule!r} must name two classes within 0..{classes - 1}, as classes:0-{classes - 1}"
         )
-    return first, last
+    return int(found[1]), int(found[2])
 
 
 def subset_indices(rule: str, n: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def _by_distinct_pairs(bound, k, n, alpha: float) -> np.ndarray:
         raise ValueError(f"counts must satisfy 0 <= k <= n and n >= 1, got k up to {k.max()}, n down to {n.min()}")
     if k.size and n.max() >= 2**31:
         raise ValueError(f"n must lie below 2**31, got {n.max()}")
-    if k.size > n.max(initial=0) == n.min(initial=2**31):  # one n, and many of its counts: no need to sort
+    if k.size and n.min() == n.max() < k.size:  # one n and most of its counts: a table, and nothing to sort
         return _by_distinct_counts(bound, k, int(n.flat[0]), alpha)
     pairs, inverse = np.unique(n.astype(np.int64) << 32 | k.astype(np.int64), return_inverse=True)
     return bound(pairs & 0xFFFFFFFF, pairs >> 32, alpha)[inverse.ravel()].reshape(k.shape)

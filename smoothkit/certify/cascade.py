@@ -224,7 +224,10 @@ def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Ca
     classes = np.where(asked, selection.argmax(axis=-1), ABSTAIN)  # [..., K]
     n = np.maximum(n, 1)  # for a bound that says nothing
     own = np.where(asked, _gap(clopper_pearson_lower(_take(estimation, classes), n, a), p0, sigmas), 0.0)
-    one, several = (num_classes - 1, num_classes) if upper == "classes" else (min(1, num_classes - 1), 2)
+    # how many upper bounds at a scale must hold at once: to exclude all but one known class, or all but any class
+    for_one_class, for_any_class = (
+        (num_classes - 1, num_classes) if upper == "classes" else (min(1, num_classes - 1), 2)
+    )
     negative = np.full(own.shape, np.inf)
     for j in range(1, scales):
         # the guesses do not depend on the estimation samples; if all smaller scales guess one class, its votes need no bound.
@@ -232,8 +235,8 @@ def _all_at_once(selection, estimation, n, sigmas, alpha, p0, rule, upper) -> Ca
         agree = (classes[..., :j] == classes[..., :1]).all(axis=-1)
         for k in range(j):
             most = _most_of_others(estimation[..., j, :], classes[..., k])
-            up = np.where(agree, *(_upper_bound(most, n[..., j], a, share) for share in (one, several)))
-            up = np.where(asked[..., j], up, 1.0)
+            up_for_one, up_for_any = (_upper_bound(most, n[..., j], a, m) for m in (for_one_class, for_any_class))
+            up = np.where(asked[..., j], np.where(agree, up_for_one, up_for_any), 1.0)
             negative[..., k] = np.minimum(negative[..., k], _gap(p0, up, sigmas[j]))
     radii = np.minimum(own, negative)
     halted = _largest_true(own > 0)
