@@ -1,4 +1,4 @@
-"""What all adapters share: freezing, train mode, the report of trained parameters, and a folder on disk.
+"""What all adapters share: freezing, train mode, the report of trained parameters, and a folder on disk that `load` reads.
 
 An adapter takes a BaseClassifier, copies it, freezes the copy and adds parameters of its own; the result is again a
 BaseClassifier, so training, attacks and votes need not know. The classifier it was given is left as it is.
@@ -7,18 +7,18 @@ BaseClassifier, so training, attacks and votes need not know. The classifier it 
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoothbook.settings import check_keywords, check_type
-from smoothkit.models import BaseClassifier, structure
+from smoothkit.models import BaseClassifier, fingerprint
 from smoothkit.types import check_sigma
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -40,7 +40,8 @@ class Adapted(BaseClassifier):
         Keyword arguments, as JSON, that build the same adapter on the same base again.
     own : tuple of str
         Prefixes of the names in `state_dict()` that belong to the adapter; these are saved.
-    base_fingerprint : str
+    base_fingerprint : str, optional
+        By `base_identity` and the settings' head, if not given.
     raw : bool
         The network normalises by itself.
     """
@@ -53,7 +54,7 @@ class Adapted(BaseClassifier):
         kind: str,
         settings: dict,
         own: tuple[str, ...],
-        base_fingerprint: str,
+        base_fingerprint: str | None = None,
         class_names: tuple[str, ...] | None = None,
         raw: bool = False,
     ) -> None:
@@ -61,7 +62,8 @@ class Adapted(BaseClassifier):
         names = base.class_names if class_names is None else class_names
         super().__init__(network, **preprocessing, class_names=names, name=f"{base.name}+{kind}")
         self.kind, self.settings, self.own = kind, settings, own
-        self.base_name, self.base_fingerprint = base.name, base_fingerprint
+        self.base_name = base.name
+        self.base_fingerprint = base_fingerprint or base_identity(base, settings["head"])
         self.to(device_of(base))
         self.train(base.training)
 
@@ -246,38 +248,83 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# --- identity --------------------------------------------------------------------------------------
+# --- a saved adapter -------------------------------------------------------------------------------
+
+# kind -> (config, base, folder, given) -> the adapter on its base; `given` holds what `load` was given beside them
+LOADERS: dict[str, Callable[[dict, BaseClassifier, Path, dict], Any]] = {}
 
 
-def fingerprint_without(base: BaseClassifier, left_out: str | None = None) -> str:
-    """sha256 (16 hex digits) over structure and values, without the parameters under a name.
+def loads(kind: str) -> Callable[[Callable], Callable]:
+    """A decorator: the function reads adapters of this kind back."""
 
-    A trained head is saved with the adapter, so the one that came with the base, often random, does not matter.
+    def register(loader: Callable) -> Callable:
+        LOADERS[kind] = loader
+        return loader
+
+    return register
+
+
+def load(
+    folder: str | Path,
+    base: BaseClassifier,
+    *,
+    box: Callable[[Tensor], Tensor] | None = None,
+    adapter: nn.Module | None = None,
+) -> Any:
+    """Read back an adapter of any kind, on the base it was made for.
+
+    Parameters
+    ----------
+    folder : path
+        Written by its `save`.
+    base : BaseClassifier
+        For a coordinator its encoder, which may be a plain module.
+    box : BlackBox or callable
+        The black box behind a coordinator.
+    adapter : nn.Module
+        The module that `certifying` was given, if it was one of your own.
+
+    Returns
+    -------
+    Adapted or PerSigma
+
+    Raises
+    ------
+    ValueError
+        If it was made for another base or box, its kind is unknown, or what no folder holds is not given.
+    FileNotFoundError
+        If the folder holds no adapter.
     """
-    digest = hashlib.sha256(structure(base).encode())
-    for key, value in sorted(base.state_dict().items()):
-        if left_out is None or not key.startswith(left_out):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()[:16]
+    config = read_config(folder)
+    return LOADERS[config["kind"]](config, base, Path(folder), {"box": box, "adapter": adapter})
+
+
+def remake(make: Callable, config: dict, base: BaseClassifier, folder: Path, **changed: Any) -> Any:
+    """What a config describes, on the base it was made for, before the weights are read; `changed` are other settings."""
+    settings = settings_of(config, make, folder)
+    check_base(config, base_identity(base, settings["head"]), base, folder)
+    return make(base, **{**settings, **changed}, class_names=tuple(config["class_names"]))
 
 
 def base_identity(base: BaseClassifier, head: str) -> str:
-    """The fingerprint that an adapter's folder keeps of its base."""
-    return fingerprint_without(base, f"network.{head_name(base.network)}." if head == "trained" else None)
+    """The fingerprint that an adapter's folder keeps of its base.
+
+    A head of the adapter's own is saved with it, so the one that came with the base, often random, does not count.
+    """
+    own_head = head in {"trained", "new"}
+    return fingerprint(base, without=(f"network.{head_name(base.network)}",) if own_head else ())
 
 
-def read_config(folder: str | Path, *, kind_only: bool = False) -> dict:
-    """The config of a saved adapter, its parts checked; with `kind_only` that it names a kind, be it one we know or not."""
+def read_config(folder: str | Path) -> dict:
+    """The config of a saved adapter: its kind is known, and its parts are of the right types."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}; adapters are folders written by their save()")
     config = json.loads(path.read_text())
     check_type(f"{path}", dict, config)
     check_type(f"{path}: kind", str, config.get("kind"))
-    if kind_only:
-        return config
+    if config["kind"] not in LOADERS:
+        raise ValueError(f"{folder} holds an adapter of kind {config['kind']!r}, which load does not know")
     if "sigmas" in config:  # one adapter a sigma, each in a folder of its own
         check_type(f"{path}: sigmas", list, config["sigmas"])
         for sigma in config["sigmas"]:
@@ -304,7 +351,7 @@ def settings_of(config: dict, function: Callable, folder: str | Path, *, own: tu
     return dict(settings)
 
 
-def check_base(config: dict, fingerprint: str, base: BaseClassifier, folder: str | Path) -> None:
+def check_base(config: dict, identity: str, base: BaseClassifier, folder: str | Path) -> None:
     """Refuse an adapter that was made for another base.
 
     Raises
@@ -312,8 +359,8 @@ def check_base(config: dict, fingerprint: str, base: BaseClassifier, folder: str
     ValueError
         Naming both.
     """
-    if config["base"]["fingerprint"] != fingerprint:
+    if config["base"]["fingerprint"] != identity:
         raise ValueError(
             f"the adapter in {folder} belongs to {config['base']['name']!r} (fingerprint {config['base']['fingerprint']}), "
-            f"not to {base.name!r} ({fingerprint}); load that base"
+            f"not to {base.name!r} ({identity}); load that base"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import smoothbook.adapters.base as common
+from smoothbook.adapters.base import Adapted, base_identity, check_base, device_of, frozen_copy, loads, seeded
 from smoothbook.adapters.certifying import Features
 from smoothbook.settings import check_keywords
 from smoothkit.models import BaseClassifier, identify
@@ -72,28 +72,24 @@ class BlackBox:
         return self._logits(answer, len(images))
 
     def _logits(self, answer: Tensor, batch: int) -> Tensor:
-        found = (
-            f"got {tuple(answer.shape)} {answer.dtype}"
-            if isinstance(answer, Tensor)
-            else f"got {type(answer).__name__}"
-        )
+        who = f"the black box {self.name!r}"
         if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != batch or not answer.is_floating_point():
+            found = f"{tuple(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
             raise BlackBoxError(
-                f"the black box {self.name!r} must return floats [{batch}, num_classes], logits or probabilities; {found}"
+                f"{who} must return floats [{batch}, num_classes], logits or probabilities; got {found}"
             )
-        if self.returns == "probabilities":
-            if not looks_like_probabilities(answer):
-                raise BlackBoxError(
-                    f"the black box {self.name!r} was said to return probabilities, but its rows are not on [0, 1] with sum 1 "
-                    f"(values from {float(answer.min()):.4g} to {float(answer.max()):.4g}); give returns='logits'"
-                )
-            return answer.clamp_min(1e-12).log()
-        if looks_like_probabilities(answer):
+        said, seen = self.returns == "probabilities", looks_like_probabilities(answer)
+        if said and not seen:
             raise BlackBoxError(
-                f"the black box {self.name!r} seems to return probabilities (rows on [0, 1] with sum 1), not logits; a second "
+                f"{who} was said to return probabilities, but its rows are not on [0, 1] with sum 1 "
+                f"(values from {float(answer.min()):.4g} to {float(answer.max()):.4g}); give returns='logits'"
+            )
+        if seen and not said:
+            raise BlackBoxError(
+                f"{who} seems to return probabilities (rows on [0, 1] with sum 1), not logits; a second "
                 f"softmax would flatten them: give returns='probabilities'"
             )
-        return answer
+        return answer.clamp_min(1e-12).log() if said else answer
 
 
 def looks_like_probabilities(answer: Tensor) -> bool:
@@ -208,7 +204,7 @@ class CoordinatorNetwork(nn.Module):
         return f"box={self.box.name} {self.box.fingerprint}, strength={self.strength}"
 
 
-class Coordinator(common.Adapted):
+class Coordinator(Adapted):
     """A black box behind a coordinator, as a base classifier; `box` counts the queries."""
 
     @property
@@ -273,9 +269,11 @@ def coordinator(
     if sees not in SEES:
         raise ValueError(f"sees must be one of {', '.join(SEES)}, got {sees!r}")
     base = encoder if isinstance(encoder, BaseClassifier) else BaseClassifier(encoder)
-    frozen = Features(encoder) if isinstance(encoder, BaseClassifier) else common.frozen_copy(base).network.eval()
-    identity = f"{common.base_identity(base, 'trained' if isinstance(encoder, BaseClassifier) else 'frozen')}:{box.fingerprint}"
-    blank = torch.zeros(2, *image_shape, device=common.device_of(base))
+    frozen = Features(encoder) if isinstance(encoder, BaseClassifier) else frozen_copy(base).network.eval()
+    identity = (
+        f"{base_identity(base, 'trained' if isinstance(encoder, BaseClassifier) else 'frozen')}:{box.fingerprint}"
+    )
+    blank = torch.zeros(2, *image_shape, device=device_of(base))
     with torch.no_grad():
         z = frozen(blank)
         if z.ndim != 2:
@@ -283,7 +281,7 @@ def coordinator(
         if sees != "features":
             frozen = Code(frozen, sees)
             z = frozen(blank)
-    with common.seeded(seed):
+    with seeded(seed):
         decoder = Decoder(z.shape[1], tuple(image_shape), cube=cube, widths=widths)
     settings = dict(
         image_shape=list(image_shape), sees=sees, strength=strength, cube=cube, widths=widths and list(widths)
@@ -296,21 +294,15 @@ def coordinator(
     return made
 
 
-def load(
-    folder: str | Path,
-    box: BlackBox | Callable[[Tensor], Tensor],
-    encoder: BaseClassifier | nn.Module,
-    *,
-    returns: str = "logits",
-    model_id: str | None = None,
-) -> Coordinator:
-    """Read back what `save` wrote, in front of the same box and with the same encoder."""
-    config = common.read_config(folder)
+@loads(KIND)
+def _load(config: dict, encoder: BaseClassifier | nn.Module, folder: Path, given: dict) -> Coordinator:
+    if given["box"] is None:
+        raise ValueError(
+            f"{folder} holds a coordinator; give box=, the black box it was made for, and its encoder as base"
+        )
     check_keywords(f"{folder}: settings", coordinator, config["settings"])
     widths = config["settings"].get("widths")
     settings = {**config["settings"], "widths": widths and tuple(widths)}
-    made = coordinator(
-        box, encoder, **settings, returns=returns, model_id=model_id, class_names=tuple(config["class_names"])
-    )
-    common.check_base(config, made.base_fingerprint, made, folder)
-    return made.load_weights(Path(folder))
+    made = coordinator(given["box"], encoder, **settings, class_names=tuple(config["class_names"]))
+    check_base(config, made.base_fingerprint, made, folder)
+    return made.load_weights(folder)

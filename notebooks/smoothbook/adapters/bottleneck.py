@@ -18,7 +18,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-import smoothbook.adapters.base as common
+from smoothbook.adapters.base import (
+    Adapted,
+    check_dropout,
+    frozen_copy,
+    loads,
+    prepare_head,
+    remake,
+    seeded,
+)
 from smoothkit.models import BaseClassifier
 
 KIND = "bottleneck"
@@ -30,12 +38,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, dim: int, width: int, *, act: type[nn.Module], scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
-        self.down, self.act, self.drop, self.up = (
-            nn.Linear(dim, width),
-            act(),
-            nn.Dropout(dropout),
-            nn.Linear(width, dim),
-        )
+        self.down, self.act = nn.Linear(dim, width), act()
+        self.drop, self.up = nn.Dropout(dropout), nn.Linear(width, dim)
         self.scale = scale
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
@@ -79,7 +83,7 @@ def bottleneck(
     num_classes: int | None = None,
     class_names: tuple[str, ...] | None = None,
     seed: int = 0,
-) -> common.Adapted:
+) -> Adapted:
     """A copy of a base classifier with a bottleneck adapter in every block.
 
     Parameters
@@ -107,33 +111,26 @@ def bottleneck(
         raise ValueError(f"width must be at least 1, got {width}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    common.check_dropout(dropout)
-    copied = common.frozen_copy(base)
+    check_dropout(dropout)
+    copied = frozen_copy(base)
     network = copied.network
     blocks = plain_blocks(network, "bottleneck adapters")
     dim = network.embed_dim
     width = width or (max(1, dim // 8) if place == "pfeiffer" else 64)
-    with common.seeded(seed):
-        own = common.prepare_head(network, head, num_classes)
+    with seeded(seed):
+        own = prepare_head(network, head, num_classes)
         for i, block in enumerate(blocks):
             blocks[i] = AdaptedBlock(block, place, dim=dim, width=width, scale=scale, dropout=dropout)
     own += tuple(
         f"network.blocks.{i}.{n}." for i in range(len(blocks)) for n in ("after_attention", "after_mlp", "beside_mlp")
     )
     settings = dict(place=place, width=width, scale=scale, dropout=dropout, head=head, num_classes=num_classes)
-    return common.Adapted(
-        network, base, kind=KIND, settings=settings, own=own,
-        base_fingerprint=common.base_identity(base, head), class_names=class_names,
-    )  # fmt: skip
+    return Adapted(network, base, kind=KIND, settings=settings, own=own, class_names=class_names)
 
 
-def load(folder: str | Path, base: BaseClassifier) -> common.Adapted:
-    """Read back what `save` wrote, on the base it was made for."""
-    config = common.read_config(folder)
-    settings = common.settings_of(config, bottleneck, folder)
-    common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
-    model = bottleneck(base, **settings, class_names=tuple(config["class_names"]))
-    return model.load_weights(Path(folder))
+@loads(KIND)
+def _load(config: dict, base: BaseClassifier, folder: Path, given: dict) -> Adapted:
+    return remake(bottleneck, config, base, folder).load_weights(folder)
 
 
 def plain_blocks(network: nn.Module, what: str) -> nn.Sequential:

@@ -20,7 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import smoothbook.adapters.base as common
+from smoothbook.adapters.base import (
+    CONFIG,
+    Adapted,
+    check_plain,
+    frozen_copy,
+    head_name,
+    load,
+    loads,
+    preprocessing_of,
+    remake,
+    replace_module,
+    seeded,
+)
 from smoothbook.settings import check_keywords, check_type
 from smoothkit.models import BaseClassifier
 from smoothkit.types import check_sigma
@@ -37,10 +49,10 @@ class Features(nn.Module):
 
     def __init__(self, base: BaseClassifier) -> None:
         super().__init__()
-        self.classifier = common.frozen_copy(base).eval()
-        name = common.head_name(self.classifier.network)
+        self.classifier = frozen_copy(base).eval()
+        name = head_name(self.classifier.network)
         self.dim = self.classifier.network.get_submodule(name).in_features
-        common.replace_module(self.classifier.network, name, nn.Identity())
+        replace_module(self.classifier.network, name, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
@@ -62,12 +74,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
         self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
-        same = stride == 1 and channels == out
-        self.short = (
-            nn.Identity()
-            if same
-            else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        )
+        if stride == 1 and channels == out:
+            self.short = nn.Identity()
+        else:
+            self.short = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(F.relu(self.first(x))) + self.short(x))
@@ -148,7 +158,7 @@ class CertifyingNetwork(nn.Module):
         return self.head(sum(self.parts(images)))
 
 
-class CertifyingClassifier(common.Adapted):
+class CertifyingClassifier(Adapted):
     """A frozen extractor with a certifying adapter."""
 
     @torch.no_grad()
@@ -214,11 +224,10 @@ def certifying(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if num_classes is not None and head == "base":
         raise ValueError("num_classes= needs head='new'; the base's head has its own classes")
-    common.check_plain(base)
-    identity = common.base_identity(base, "trained" if head == "new" else "frozen")
-    old_head = base.network.get_submodule(common.head_name(base.network))
+    check_plain(base)
+    old_head = base.network.get_submodule(head_name(base.network))
     dim, settings = old_head.in_features, dict(adapter_settings or {})
-    with common.seeded(seed):
+    with seeded(seed):
         extractor = Features(base) if use_features else None
         own_adapter = _build(base, adapter, settings, channels, dim) if use_adapter else None
         new_head = nn.Linear(dim, num_classes or old_head.out_features)
@@ -230,7 +239,7 @@ def certifying(
     )  # fmt: skip
     return CertifyingClassifier(
         CertifyingNetwork(extractor, own_adapter, new_head), base, kind=KIND, settings=recorded,
-        own=("network.adapter.", "network.head."), base_fingerprint=identity, class_names=class_names, raw=True,
+        own=("network.adapter.", "network.head."), class_names=class_names, raw=True,
     )  # fmt: skip
 
 
@@ -249,25 +258,22 @@ def _build(
     else:
         check_keywords("adapter_settings", BUILDERS[adapter], settings, leave_out=("channels", "features"))
         network, name = BUILDERS[adapter](channels, dim, **settings), adapter
-    return BaseClassifier(network, **{**common.preprocessing_of(base), "size": None, "channels": channels}, name=name)
+    return BaseClassifier(network, **{**preprocessing_of(base), "size": None, "channels": channels}, name=name)
 
 
-def load(folder: str | Path, base: BaseClassifier, *, adapter: nn.Module | None = None) -> CertifyingClassifier:
-    """Read back what `save` wrote, on the base it was made for; an adapter of your own must be handed in again."""
-    config = common.read_config(folder)
-    settings = _restored(common.settings_of(config, certifying, folder), adapter, folder)
-    common.check_base(
-        config, common.base_identity(base, "trained" if settings["head"] == "new" else "frozen"), base, folder
-    )
-    return certifying(base, **settings, class_names=tuple(config["class_names"])).load_weights(Path(folder))
+@loads(KIND)
+def _load(config: dict, base: BaseClassifier, folder: Path, given: dict) -> CertifyingClassifier:
+    adapter = _adapter_of(config["settings"], given["adapter"], folder)
+    return remake(certifying, config, base, folder, adapter=adapter).load_weights(folder)
 
 
-def _restored(settings: dict, adapter: nn.Module | None, folder: str | Path) -> dict:
-    if settings.get("adapter") is None and settings.get("use_adapter", True):
-        if adapter is None:
-            raise ValueError(f"the adapter in {folder} is a module of the user's own; hand in the same one as adapter=")
-        return {**settings, "adapter": adapter}
-    return {**settings, "adapter": settings.get("adapter") or "resnet"}
+def _adapter_of(settings: dict, adapter: nn.Module | None, folder: Path) -> str | nn.Module:
+    """The adapter by its builder's name, or the user's own, which no folder holds."""
+    if settings.get("adapter") is not None or not settings.get("use_adapter", True):
+        return settings.get("adapter") or "resnet"
+    if adapter is None:
+        raise ValueError(f"the adapter in {folder} is a module of the user's own; hand in the same one as adapter=")
+    return adapter
 
 
 # --- ensembles over sigma --------------------------------------------------------------------------
@@ -305,15 +311,19 @@ class EnsembleNetwork(nn.Module):
         self.weights = nn.Parameter(torch.full((len(members),), 1 / len(members))) if design == "features" else None
         self.estimator = NoiseEstimator(channels, len(members)) if design == "noise" else None
 
+    def features(self, images: Tensor) -> Tensor | float:
+        """f(x), which all members share, or 0 if they do without."""
+        return self.extractor(images) if self.extractor is not None else 0.0
+
     def member_logits(self, images: Tensor) -> Tensor:
         """[members, B, K]: head_k(f(x) + a_k(x))."""
-        z = self.extractor(images) if self.extractor is not None else 0.0
+        z = self.features(images)
         return torch.stack([head(z + adapter(images)) for adapter, head in zip(self.adapters, self.heads, strict=True)])
 
     def forward(self, images: Tensor) -> Tensor:
         if self.design == "features":
-            z = self.extractor(images) if self.extractor is not None else 0.0
-            return self.heads[0](z + sum(w * a(images) for w, a in zip(self.weights, self.adapters, strict=True)))
+            weighted = [w * adapter(images) for w, adapter in zip(self.weights, self.adapters, strict=True)]
+            return self.heads[0](self.features(images) + sum(weighted))
         logits = self.member_logits(images)
         if self.design == "logits":
             return logits.mean(0)
@@ -328,7 +338,7 @@ def _mean_linear(layers: list[nn.Linear]) -> nn.Linear:
     return mean
 
 
-def ensemble(members: dict[float, CertifyingClassifier], *, design: str = "logits", seed: int = 0) -> common.Adapted:
+def ensemble(members: dict[float, CertifyingClassifier], *, design: str = "logits", seed: int = 0) -> Adapted:
     """One classifier for a range of sigmas from certifying adapters on one frozen extractor.
 
     Parameters
@@ -340,7 +350,7 @@ def ensemble(members: dict[float, CertifyingClassifier], *, design: str = "logit
         `features` (B)  F(x) = head(f(x) + sum_k w_k a_k(x)); w (1/K at first) and head (the mean of the members') train
         `noise` (C)     F(x) = sum_k w_k(x) head_k(f(x) + a_k(x)), w = softmax(g(x)), g a small estimator of the noise
                         level on the noisy image, trained; at first w = 1/K, which is A
-        For D, one adapter a sigma and no ensemble, see `per_sigma`.
+        For D, one adapter a sigma and no ensemble, see `PerSigma`.
     seed : int
         For g.
 
@@ -350,13 +360,13 @@ def ensemble(members: dict[float, CertifyingClassifier], *, design: str = "logit
         If members differ in base or are fewer than two, or for an unknown design.
     """
     if design not in DESIGNS:
-        raise ValueError(f"design must be one of {', '.join(DESIGNS)}, or use per_sigma(members), got {design!r}")
+        raise ValueError(f"design must be one of {', '.join(DESIGNS)}, or use PerSigma(members), got {design!r}")
     members = _checked_members(members)
     first = next(iter(members.values()))
     channels = first.network.adapter.channels
     if channels is None and design == "noise":
         raise ValueError("the members do not say how many channels images have; build them with channels=")
-    with common.seeded(seed):
+    with seeded(seed):
         network = EnsembleNetwork([m.network for m in members.values()], design, channels)
     network.requires_grad_(False)
     own = ["network.adapters.", "network.heads."]
@@ -368,7 +378,7 @@ def ensemble(members: dict[float, CertifyingClassifier], *, design: str = "logit
         network.estimator.requires_grad_(True)
         own.append("network.estimator.")
     settings = dict(design=design, sigmas=list(members), members=[m.settings for m in members.values()])
-    made = common.Adapted(
+    made = Adapted(
         network, first, kind=ENSEMBLE_KIND, settings=settings, own=tuple(own),
         base_fingerprint=first.base_fingerprint, class_names=first.class_names, raw=True,
     )  # fmt: skip
@@ -391,18 +401,13 @@ def _checked_members(members: dict[float, CertifyingClassifier]) -> dict[float, 
     return members
 
 
-def load_ensemble(folder: str | Path, base: BaseClassifier) -> common.Adapted:
-    """Read back what `save` of an ensemble wrote, on the base it was made for."""
-    config = common.read_config(folder)
-    settings = _checked_settings(config["settings"], folder)
-    heads = {"trained" if m["head"] == "new" else "frozen" for m in settings["members"]}
-    common.check_base(config, common.base_identity(base, heads.pop()), base, folder)
-    names = tuple(config["class_names"])
-    members = {
-        sigma: certifying(base, **_restored(member, None, folder), class_names=names)
-        for sigma, member in zip(settings["sigmas"], settings["members"], strict=True)
-    }
-    return ensemble(members, design=settings["design"]).load_weights(Path(folder))
+@loads(ENSEMBLE_KIND)
+def _load_ensemble(config: dict, base: BaseClassifier, folder: Path, given: dict) -> Adapted:
+    settings, members = _checked_settings(config["settings"], folder), {}
+    for sigma, member in zip(settings["sigmas"], settings["members"], strict=True):
+        adapter = _adapter_of(member, None, folder)
+        members[sigma] = remake(certifying, {**config, "settings": member}, base, folder, adapter=adapter)
+    return ensemble(members, design=settings["design"]).load_weights(folder)
 
 
 def _checked_settings(settings: dict, folder: str | Path) -> dict:
@@ -413,14 +418,16 @@ def _checked_settings(settings: dict, folder: str | Path) -> dict:
     check_type(f"{folder}: design", str, design)
     for member in members:
         check_type(f"{folder}: a member's settings", dict, member)
-        common.settings_of({"settings": member}, certifying, folder)
     for sigma in sigmas:
         check_sigma(sigma)
     return settings
 
 
 class PerSigma:
-    """Design D: a member for each certification sigma. Not a classifier: `at(sigma)` gives one."""
+    """Design D: a member for each certification sigma, the upper reference that an ensemble is compared with.
+
+    It is no classifier: `at(sigma)` gives one.
+    """
 
     def __init__(self, members: dict[float, CertifyingClassifier]) -> None:
         self.members = _checked_members(members)
@@ -440,16 +447,12 @@ class PerSigma:
         for sigma, member in self.members.items():
             member.save(folder / f"sigma-{sigma:g}")
         config = {"kind": PER_SIGMA_KIND, "sigmas": list(self.members)}
-        (folder / common.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
 
-def per_sigma(members: dict[float, CertifyingClassifier]) -> PerSigma:
-    """One adapter a sigma, no ensemble: the upper reference that an ensemble is compared with."""
-    return PerSigma(members)
-
-
-def load_per_sigma(folder: str | Path, base: BaseClassifier) -> PerSigma:
-    sigmas = common.read_config(folder).get("sigmas")
+@loads(PER_SIGMA_KIND)
+def _load_per_sigma(config: dict, base: BaseClassifier, folder: Path, given: dict) -> PerSigma:
+    sigmas = config.get("sigmas")
     check_type(f"{folder}: sigmas", list, sigmas)
-    return PerSigma({s: load(Path(folder) / f"sigma-{s:g}", base) for s in sigmas})
+    return PerSigma({s: load(folder / f"sigma-{s:g}", base) for s in sigmas})

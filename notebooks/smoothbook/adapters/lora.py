@@ -13,13 +13,25 @@ import contextlib
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import smoothbook.adapters.base as common
+from smoothbook.adapters.base import (
+    Adapted,
+    check_dropout,
+    frozen_copy,
+    head_name,
+    loads,
+    prepare_head,
+    preprocessing_of,
+    remake,
+    seeded,
+    settings_of,
+)
 from smoothkit.models import BaseClassifier
 
 KIND = "lora"
@@ -31,7 +43,7 @@ TARGETS = {
 }
 
 
-class LoraClassifier(common.Adapted):
+class LoraClassifier(Adapted):
     """A base classifier with LoRA adapters under names, one of them in use."""
 
     @property
@@ -51,7 +63,7 @@ class LoraClassifier(common.Adapted):
         _check_name(name)
         if name in self.names:
             raise ValueError(f"there is an adapter {name!r} already; use({name!r}) or choose another name")
-        with common.seeded(seed):
+        with seeded(seed):
             self.network.add_adapter(name, copy.deepcopy(self.network.peft_config[self.names[0]]))
         return self.use(name)
 
@@ -87,7 +99,7 @@ class LoraClassifier(common.Adapted):
         """A plain base classifier without peft, the active adapter in its weights; this one stays as it is."""
         network = copy.deepcopy(self.network).merge_and_unload()
         plain = BaseClassifier(
-            network, **common.preprocessing_of(self), class_names=self.class_names, name=f"{self.name}-merged"
+            network, **preprocessing_of(self), class_names=self.class_names, name=f"{self.name}-merged"
         )
         return plain.requires_grad_(True).eval()
 
@@ -168,56 +180,39 @@ def lora(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if alpha is not None and not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
-    common.check_dropout(dropout)
+    check_dropout(dropout)
     _check_name(name)
-    copied = common.frozen_copy(base)
-    identity = common.base_identity(base, head)
-    with common.seeded(seed):
-        own_head = common.prepare_head(copied.network, head, num_classes)
+    copied = frozen_copy(base)
+    with seeded(seed):
+        own_head = prepare_head(copied.network, head, num_classes)
         pattern = find_targets(copied.network, targets)
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank if alpha is None else alpha,
             target_modules=pattern,
             lora_dropout=dropout,
-            modules_to_save=[common.head_name(copied.network)] if own_head else None,
+            modules_to_save=[head_name(copied.network)] if own_head else None,
         )
         network = get_peft_model(copied.network, config, adapter_name=name)
     settings = dict(
         rank=rank, alpha=alpha, targets=targets, dropout=dropout, head=head, num_classes=num_classes, name=name
     )
-    return LoraClassifier(
-        network,
-        base,
-        kind=KIND,
-        settings=settings,
-        own=("network.",),
-        base_fingerprint=identity,
-        class_names=class_names,
-    )
+    own = ("network.",)
+    return LoraClassifier(network, base, kind=KIND, settings=settings, own=own, class_names=class_names)
 
 
-def load(folder: str | Path, base: BaseClassifier) -> LoraClassifier:
-    """Read back what `save` wrote, with all its adapters, on the base it was made for."""
-    folder = Path(folder)
-    config = common.read_config(folder)
-    settings = common.settings_of(config, lora, folder, own=("names", "active"))
-    _check_names(settings["names"], settings["active"], folder)
-    common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
+@loads(KIND)
+def _load(config: dict, base: BaseClassifier, folder: Path, given: dict) -> LoraClassifier:
+    settings = settings_of(config, lora, folder, own=("names", "active"))
     names, active = settings.pop("names"), settings.pop("active")
-    model = lora(base, **{**settings, "name": names[0]}, class_names=tuple(config["class_names"]))
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and active in names):
+        raise ValueError(f"{folder} names the adapters {names!r}, with {active!r} in use; restore it from a copy")
+    model = remake(lora, {**config, "settings": settings}, base, folder, name=names[0])
     for name in names[1:]:
         model.add(name)
     for name in names:
         _fill(model, name, folder / name)
-    model.use(active)
-    return model
-
-
-def _check_names(names: list[str], active: str, folder: Path) -> None:
-    good = isinstance(names, list) and all(isinstance(name, str) for name in names) and active in names
-    if not good or not names:
-        raise ValueError(f"{folder} names the adapters {names!r}, with {active!r} in use; restore it from a copy")
+    return model.use(active)
 
 
 def _fill(model: LoraClassifier, name: str, folder: Path) -> None:
@@ -238,7 +233,7 @@ def _fill(model: LoraClassifier, name: str, folder: Path) -> None:
 def candidates(network: nn.Module) -> list[str]:
     """Names of the layers that LoRA can be put on: linear ones and ungrouped convolutions, without the head."""
     try:
-        head = common.head_name(network)
+        head = head_name(network)
     except ValueError:
         head = None
     return [
@@ -256,30 +251,22 @@ def find_targets(network: nn.Module, targets: str) -> str:
     ValueError
         If it matches none, with the candidates.
     """
-    possible = candidates(network)
+    possible, pattern = candidates(network), TARGETS.get(targets, targets)
     if targets == "convolutions":
-        chosen = [n for n in possible if isinstance(network.get_submodule(n), nn.Conv2d)]
-        return _checked(network, targets, chosen, possible)
-    try:
-        pattern = re.compile(TARGETS.get(targets, targets))
-    except re.error as error:
-        raise ValueError(f"targets={targets!r} is not a regular expression ({error})") from None
-    return _checked(network, targets, [n for n in possible if pattern.fullmatch(n)], possible)
-
-
-def _checked(network: nn.Module, targets: str, chosen: list[str], possible: list[str]) -> str:
+        chosen, pattern = [n for n in possible if isinstance(network.get_submodule(n), nn.Conv2d)], None
+    else:
+        try:
+            chosen = list(filter(re.compile(pattern).fullmatch, possible))
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is not a regular expression ({error})") from None
     if not chosen:
-        counts: dict[str, int] = {}
-        for name in possible:
-            short = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-            counts[short] = counts.get(short, 0) + 1
+        counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in possible)
         listed = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
         raise ValueError(
             f"targets={targets!r} matches no layer of {type(network).__name__}; use one of {', '.join(TARGETS)}, convolutions, "
             f"or a regular expression that fully matches some of: {listed}"
         )
-    pattern = TARGETS.get(targets, targets)
-    if targets != "convolutions" and all(n in chosen for n, _ in network.named_modules() if re.fullmatch(pattern, n)):
+    if pattern and all(name in chosen for name, _ in network.named_modules() if re.fullmatch(pattern, name)):
         return pattern
     return "|".join(re.escape(name) for name in chosen)
 

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import smoothbook.adapters.base as common
+from smoothbook.adapters.base import (
+    Adapted,
+    check_dropout,
+    frozen_copy,
+    loads,
+    prepare_head,
+    remake,
+    seeded,
+)
 from smoothbook.adapters.bottleneck import plain_blocks
 from smoothkit.models import BaseClassifier
 
@@ -53,7 +61,7 @@ def prompts(
     num_classes: int | None = None,
     class_names: tuple[str, ...] | None = None,
     seed: int = 0,
-) -> common.Adapted:
+) -> Adapted:
     """A copy of a base classifier with visual prompts.
 
     They start uniform on +-sqrt(6 / (channels * patch area + width)), as in the released code, so the start is not the
@@ -79,12 +87,12 @@ def prompts(
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    common.check_dropout(dropout)
-    copied = common.frozen_copy(base)
+    check_dropout(dropout)
+    copied = frozen_copy(base)
     network = copied.network
     blocks = plain_blocks(network, "visual prompts")
-    with common.seeded(seed):
-        own = common.prepare_head(network, head, num_classes)
+    with seeded(seed):
+        own = prepare_head(network, head, num_classes)
         for i, block in enumerate(blocks):
             first, last = i == 0, i == len(blocks) - 1
             own_prompts = nn.Parameter(_start(network, length)) if deep or first else None
@@ -94,10 +102,7 @@ def prompts(
             )
     own += tuple(f"network.blocks.{i}.prompts" for i in range(len(blocks)))
     settings = dict(length=length, deep=deep, dropout=dropout, head=head, num_classes=num_classes)
-    return common.Adapted(
-        network, base, kind=KIND, settings=settings, own=own,
-        base_fingerprint=common.base_identity(base, head), class_names=class_names,
-    )  # fmt: skip
+    return Adapted(network, base, kind=KIND, settings=settings, own=own, class_names=class_names)
 
 
 def _start(network: nn.Module, length: int) -> Tensor:
@@ -106,10 +111,6 @@ def _start(network: nn.Module, length: int) -> Tensor:
     return torch.empty(length, network.embed_dim).uniform_(-bound, bound)
 
 
-def load(folder: str | Path, base: BaseClassifier) -> common.Adapted:
-    """Read back what `save` wrote, on the base it was made for."""
-    config = common.read_config(folder)
-    settings = common.settings_of(config, prompts, folder)
-    common.check_base(config, common.base_identity(base, settings["head"]), base, folder)
-    model = prompts(base, **settings, class_names=tuple(config["class_names"]))
-    return model.load_weights(Path(folder))
+@loads(KIND)
+def _load(config: dict, base: BaseClassifier, folder: Path, given: dict) -> Adapted:
+    return remake(prompts, config, base, folder).load_weights(folder)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from smoothbook import adapters
-from smoothbook.adapters.black_box import Decoder, load
+from smoothbook.adapters.black_box import Decoder
 from smoothkit import data, models
 
 
@@ -75,7 +75,7 @@ def test_saves_and_loads_for_its_own_box_only(base, images, tmp_path):
         nn.init.normal_(model.network.decoder.body[-1].weight)
         model.train()(images)  # moves the statistics of its BatchNorm, if any
     model.save(tmp_path)
-    again = load(tmp_path, base, base)
+    again = adapters.load(tmp_path, base, box=base)
     with torch.no_grad():
         assert torch.equal(again.eval()(images), model.eval()(images))
     assert models.fingerprint(again) == models.fingerprint(model)
@@ -83,8 +83,8 @@ def test_saves_and_loads_for_its_own_box_only(base, images, tmp_path):
     assert models.fingerprint(made(base, other, cube=20)) != models.fingerprint(made(base, cube=20))
     for box, encoder in ((other, base), (base, other)):
         with pytest.raises(ValueError, match="belongs to"):
-            load(tmp_path, box, encoder)
-    with pytest.raises(ValueError, match=r"use smoothkit\.adapters\.black_box\.load"):
+            adapters.load(tmp_path, encoder, box=box)
+    with pytest.raises(ValueError, match="give box=, the black box"):
         adapters.load(tmp_path, base)
 
 
@@ -102,7 +102,7 @@ def test_a_decoder_that_sees_the_image(base, images, sees, numbers, tmp_path):
     assert model.network.decoder.trigger.numel() == 40 * 4 - numbers
     with torch.no_grad():
         nn.init.normal_(model.network.decoder.body[-1].weight)
-        again = load(model.save(tmp_path), base, base)
+        again = adapters.load(model.save(tmp_path), base, box=base)
         assert torch.equal(again.eval()(images), model.eval()(images))
     assert all(part.startswith("decoder.") for part in adapters.trainable(model).parts)
 

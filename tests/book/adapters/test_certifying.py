@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smoothbook import adapters
-from smoothbook.adapters.certifying import CertifyingClassifier, NoiseEstimator, load, resnet, vit
+from smoothbook.adapters.certifying import CertifyingClassifier, NoiseEstimator, resnet, vit
 from smoothbook.training import NoiseLevel, fit
 from smoothkit import data, models
 
@@ -123,7 +123,7 @@ def test_a_module_of_ones_own(base, images, tmp_path):
     model.save(tmp_path)
     with pytest.raises(ValueError, match="hand in the same one as adapter="):
         adapters.load(tmp_path, base)
-    assert torch.equal(answers(load(tmp_path, base, adapter=make()), images), answers(model, images))
+    assert torch.equal(answers(adapters.load(tmp_path, base, adapter=make()), images), answers(model, images))
 
 
 # --- ensembles -------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_ensembles_train_their_own_part_only_and_come_back(members, base, images
 
 
 def test_d_chooses_by_sigma_alone(members, base, images, tmp_path):
-    choice = adapters.per_sigma(members)
+    choice = adapters.PerSigma(members)
     assert choice.at(0.25) is members[0.25] and choice.sigmas == (0.25, 0.5) and not callable(choice)
     with pytest.raises(ValueError, match=r"no adapter for sigma 1; there are 0\.25, 0\.5"):
         choice.at(1)
