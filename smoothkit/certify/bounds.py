@@ -15,6 +15,8 @@ from scipy import special, stats
 from smoothkit.types import check_alpha, check_samples, check_sigma
 
 OUTWARD = 1e-12  # above the error of what is rounded (tests/certify/test_bounds.py measures it), below anything printed
+TAIL_ERROR = 1e-9  # relative; how well the tail at a bound must meet alpha
+SMALLEST_ALPHA = 1e-100  # of a bound; below, the tails lose their digits
 
 
 def clopper_pearson_lower(k: np.ndarray | int, n: np.ndarray | int, alpha: float) -> np.ndarray:
@@ -47,7 +49,7 @@ def _lower(k: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
     safe_k = np.where(k == 0, 1, k)
     bound = _beta_inverse(safe_k, n - safe_k + 1, alpha, special.betaincinv, special.betainc)
     bound = np.where(k == n, alpha ** (1.0 / n), bound)
-    return np.where((k == 0) | np.isnan(bound), 0.0, bound)  # SciPy gives up at some alpha below 1e-200
+    return np.where(k == 0, 0.0, bound)
 
 
 def _upper(k: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
@@ -55,26 +57,46 @@ def _upper(k: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
     safe_k = np.where(k == n, 0, k)
     bound = _beta_inverse(safe_k + 1, n - safe_k, alpha, special.betainccinv, special.betaincc)
     bound = np.where(k == 0, -np.expm1(math.log(alpha) / n), bound)
-    return np.where((k == n) | np.isnan(bound), 1.0, bound)
+    return np.where(k == n, 1.0, bound)
 
 
 def _beta_inverse(a: np.ndarray, b: np.ndarray, alpha: float, inverse, tail) -> np.ndarray:
-    """x with tail(a, b, x) = alpha, by SciPy's inverse and one Newton step.
+    """x with tail(a, b, x) = alpha, by SciPy's inverse and one Newton step; by bisection where that is not right.
 
     The solver stops when the tail is right to some 5e-9, which is 2e-12 of x for large a and b, always above; the
-    distribution it inverts is right to 1e-12 of the tail for counts up to a million.
+    distribution it inverts is right to 1e-12 of the tail for counts up to a million. At b = 1,000 and a above some 3e7
+    the solver stops far away (a tail of 1.04e-3 for 1e-3 at a = 1e8), so the tail of every answer is looked at.
     """
-    x = inverse(a, b, alpha)
+    x = np.asarray(inverse(a, b, alpha))
     sign = -1 if tail is special.betainc else 1  # betainc grows with x, betaincc falls
     with np.errstate(all="ignore"):
         density = np.exp(special.xlogy(a - 1, x) + special.xlog1py(b - 1, -x) - special.betaln(a, b))
         step = sign * (tail(a, b, x) - alpha) / density
-    return x + np.where(np.abs(step) < 1e-6 * x, step, 0.0)  # where x has rounded to 1 there is no density to go by
+        x = x + np.where(np.abs(step) < 1e-6 * x, step, 0.0)  # where x has rounded to 1 there is no density to go by
+        wrong = ~(np.abs(tail(a, b, x) / alpha - 1) <= TAIL_ERROR)
+    if wrong.any():
+        x[wrong] = _bisect_tail(a[wrong], b[wrong], alpha, tail)
+    return x
+
+
+def _bisect_tail(a: np.ndarray, b: np.ndarray, alpha: float, tail) -> np.ndarray:
+    """The last float64 x on the safe side: tail(a, b, x) <= alpha."""
+    rising = tail is special.betainc
+    low, high = np.zeros(a.shape), np.ones(a.shape)
+    while True:
+        middle = (low + high) / 2
+        inside = (low < middle) & (middle < high)
+        if not inside.any():
+            return low if rising else high
+        to_low = (tail(a, b, middle) <= alpha) == rising
+        low, high = np.where(inside & to_low, middle, low), np.where(inside & ~to_low, middle, high)
 
 
 def _by_distinct_pairs(bound, k, n, alpha: float) -> np.ndarray:
     """Evaluate `bound` once for each distinct (k, n): a million images share some 50,000 counts."""
     check_alpha(alpha)
+    if alpha < SMALLEST_ALPHA:
+        raise ValueError(f"alpha must be at least {SMALLEST_ALPHA:g} for a bound, got {alpha!r}; no data needs less")
     k, n = np.broadcast_arrays(np.asarray(k), np.asarray(n))
     if not (np.issubdtype(k.dtype, np.integer) and np.issubdtype(n.dtype, np.integer)):
         raise ValueError(f"k and n must be whole numbers, got {k.dtype} and {n.dtype}")

@@ -230,11 +230,27 @@ def test_scipy_alone_would_be_unsound():
             assert (log_lead(n, k, p) + mpmath.log(exact_series(n, k, p)) > mpmath.log(alpha)) == above
 
 
-def test_alpha_beyond_scipy_gives_bounds_that_say_nothing():
-    """SciPy's inverse gives NaN at alpha = 1e-250; the bounds are then 0 and 1."""
-    assert bounds.clopper_pearson_lower(6, 8, 1e-250) >= 0
-    assert bounds.clopper_pearson_upper(6, 8, 1e-250) <= 1
-    assert not np.isnan(bounds.clopper_pearson_lower(np.arange(9), 8, 1e-250)).any()
+def test_alpha_too_small_for_float64_tails_is_refused():
+    for bound in (bounds.clopper_pearson_lower, bounds.clopper_pearson_upper):
+        with pytest.raises(ValueError, match=r"alpha must be at least 1e-100 for a bound, got 1e-250"):
+            bound(6, 8, 1e-250)
+        assert 0 <= float(bound(6, 8, 1e-100)) <= 1
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001, 1e-6, 1e-9, 1e-30])
+def test_the_tail_at_every_bound_is_alpha_where_scipys_inverse_is_not(alpha):
+    """Around 999 misses in 3e7 trials and more SciPy's inverse stops early: the bound was above p up to 1,200 alpha."""
+    misses = np.concatenate([np.arange(990, 1_010), [1, 10, 500, 5_000, 20_000]])
+    for n in (10**7, 3 * 10**7, 10**8, 740_515_122, 10**9):
+        lower, upper = (
+            bounds.clopper_pearson_lower(n - misses, n, alpha),
+            bounds.clopper_pearson_upper(misses, n, alpha),
+        )
+        tails = special.betainc(n - misses, misses + 1.0, lower), special.betaincc(misses + 1.0, n - misses, upper)
+        for tail in tails:
+            assert (tail <= alpha * (1 + 1e-9)).all() and (tail >= alpha * (1 - 1e-3)).all()
+        order = np.argsort(misses)
+        assert (np.diff(lower[order]) < 0).all() and (np.diff(upper[order]) > 0).all()
 
 
 # --- tables ------------------------------------------------------------------------------------------------
