@@ -331,7 +331,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted[path])
     if FIGURE.with_suffix(".csv") in stale or not FIGURE.exists():
-        figures.print_certified_accuracy(tables, FIGURE)
+        figures.save_print(figures.certified_accuracy_print(tables), FIGURE, figures.certified_accuracy_points(tables))
 
 
 if __name__ == "__main__":

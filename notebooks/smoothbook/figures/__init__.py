@@ -1,56 +1,44 @@
 """Figures of certificates and votes: what notebooks draw."""
 
+from smoothbook.figures.bars import radius_histogram, votes_figure, votes_trace
 from smoothbook.figures.curves import (
     ENVELOPE,
     certified_accuracy_curve,
     certified_accuracy_points,
     certified_accuracy_print,
     difference_figure,
-    print_certified_accuracy,
-    radius_histogram,
     training_curves,
-    votes_figure,
-    votes_trace,
 )
-from smoothbook.figures.pictures import image_grid
-from smoothbook.figures.show import (
-    PLOTLY_CONFIG,
-    PLOTLY_JS,
-    PLOTLY_MIME,
-    Live,
-    ensure_plotly_js,
-    figure_numbers,
-    keep,
-    plotly_div,
-    save_print,
-    script_json,
-    show,
-    show_print,
+from smoothbook.figures.pictures import add_picture, display_pixels, image_grid
+from smoothbook.figures.show import PLOTLY_CONFIG, Live, keep, save_print, show, show_print
+from smoothbook.figures.style import (
+    RADIUS_AXIS,
+    circle,
+    dress,
+    equal_scale,
+    sigma_colour,
+    sigma_label,
+    sigma_style,
 )
-from smoothbook.figures.style import RADIUS_AXIS, Style, dress, sigma_colour, sigma_label, sigma_style
 
 __all__ = [
     "ENVELOPE",
     "PLOTLY_CONFIG",
-    "PLOTLY_JS",
-    "PLOTLY_MIME",
     "RADIUS_AXIS",
     "Live",
-    "Style",
+    "add_picture",
     "certified_accuracy_curve",
     "certified_accuracy_points",
     "certified_accuracy_print",
+    "circle",
     "difference_figure",
+    "display_pixels",
     "dress",
-    "ensure_plotly_js",
-    "figure_numbers",
+    "equal_scale",
     "image_grid",
     "keep",
-    "plotly_div",
-    "print_certified_accuracy",
     "radius_histogram",
     "save_print",
-    "script_json",
     "show",
     "show_print",
     "sigma_colour",

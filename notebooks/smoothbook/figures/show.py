@@ -6,10 +6,10 @@ import itertools
 import json
 import os
 import re
-import textwrap
 import uuid
 from pathlib import Path
 
+import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
-from smoothbook.figures.style import _FONT
+from smoothbook.figures.style import FONT
 
 PLOTLY_JS = "plotly.min.js"
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -29,10 +29,11 @@ PLOTLY_CONFIG = {
     "plotlyServerURL": "",
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
+_PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
 _saved = itertools.count(1)  # the gallery shows figures in the order in which they were made
 
 
-# --- showing and keeping -----------------------------------------------------------------------------
+# --- shown in a notebook -----------------------------------------------------------------------------
 
 
 class Live:
@@ -45,16 +46,12 @@ class Live:
         self._handle = None
 
     def update(self, fig: go.Figure, caption: str = "") -> None:
-        from IPython import get_ipython
-        from IPython.display import display
-
-        caption = caption or _plain(fig.layout.title.text or "figure")
-        shown = {**json.loads(fig.to_json()), "config": PLOTLY_CONFIG}
-        bundle = {PLOTLY_MIME: shown, "text/plain": f"[figure: {caption}]"}
+        """Show `fig` in place of what was shown before."""
+        bundle = _bundle(fig, caption or _title(fig) or "figure")
         if self._handle is not None:
             self._handle.update(bundle, raw=True)
-        elif get_ipython() is not None:
-            self._handle = display(bundle, raw=True, display_id=True)
+        elif _in_notebook():
+            self._handle = _display(bundle, display_id=True)
 
 
 def show(
@@ -71,32 +68,13 @@ def show(
     Writes `<name>.html` (drawn by one `plotly.min.js` shared in the folder), `<name>.csv` (the numbers: `table`, or
     what the traces hold) and `<name>.json` (title, caption and the figure, for the gallery).
     """
-    caption = caption or _plain(fig.layout.title.text or name)
+    caption = caption or _title(fig) or name
     if live is None:
-        bundle = json.loads(fig.to_json())
-        _display({PLOTLY_MIME: {**bundle, "config": PLOTLY_CONFIG}, "text/plain": f"[figure: {caption}]"})
+        _display(_bundle(fig, caption))
     else:
         live.update(fig, caption)
     if str(figures_dir):
         keep(fig, name, table, figures_dir=figures_dir, caption=caption)
-
-
-def keep(
-    fig: go.Figure | Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path, caption: str = ""
-) -> None:
-    """Keep a figure with its numbers in a folder, as `show` does (plotly) or `show_print` (matplotlib), unseen."""
-    _check_name(name)
-    folder = Path(figures_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(fig, Figure):
-        for ending in ("svg", "pdf", "png"):
-            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
-        _keep(folder, name, table, caption, image=f"{name}.svg")
-        return
-    ensure_plotly_js(folder)
-    bundle = json.loads(fig.to_json())
-    _keep(folder, name, figure_numbers(fig) if table is None else table, caption, figure=bundle)
-    (folder / f"{name}.html").write_text(_figure_page(name, caption, bundle), encoding="utf-8")
 
 
 def show_print(fig: Figure, name: str, table: pd.DataFrame, *, figures_dir: str | Path = "", caption: str = "") -> None:
@@ -107,29 +85,52 @@ def show_print(fig: Figure, name: str, table: pd.DataFrame, *, figures_dir: str 
         keep(fig, name, table, figures_dir=figures_dir, caption=caption)
 
 
-def _display(bundle: dict) -> None:
-    from IPython import get_ipython
-    from IPython.display import display
+def _bundle(fig: go.Figure, caption: str) -> dict:
+    return {PLOTLY_MIME: {**json.loads(fig.to_json()), "config": PLOTLY_CONFIG}, "text/plain": f"[figure: {caption}]"}
 
-    if get_ipython() is None:  # a plain script cannot draw; a line of text beats a page of JSON
-        print(bundle["text/plain"])
+
+def _display(bundle: dict, **how: object) -> object:
+    from IPython.display import display  # slow to load, and of no use outside a notebook
+
+    if _in_notebook():
+        return display(bundle, raw=True, **how)
+    print(bundle["text/plain"])  # a plain script cannot draw; a line of text beats a page of JSON
+
+
+def _in_notebook() -> bool:
+    from IPython import get_ipython  # as above
+
+    return get_ipython() is not None
+
+
+def _title(fig: go.Figure) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", " ", fig.layout.title.text or "")).strip()
+
+
+# --- kept in a folder --------------------------------------------------------------------------------
+
+
+def keep(
+    fig: go.Figure | Figure, name: str, table: pd.DataFrame | None = None, *, figures_dir: str | Path, caption: str = ""
+) -> None:
+    """Keep a figure with its numbers in a folder, as `show` does (plotly) or `show_print` (matplotlib), unseen."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
+        raise ValueError(f"name must be lower-case letters, digits, - and _ (it becomes a file name), got {name!r}")
+    folder = Path(figures_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(fig, Figure):
+        for ending in ("svg", "pdf", "png"):
+            (folder / f"{name}.{ending}").write_bytes(_rendered(fig, ending))
+        what = {"image": f"{name}.svg"}
     else:
-        display(bundle, raw=True)
-
-
-def _keep(folder: Path, name: str, table: pd.DataFrame, caption: str, **what: object) -> None:
+        ensure_plotly_js(folder)
+        what, table = {"figure": json.loads(fig.to_json())}, figure_numbers(fig) if table is None else table
+        shown = {"name": name, "figure": _to_draw(what["figure"]), "caption": caption}
+        page = _PAGES.get_template("page.html").render(**shown, plotly_js=PLOTLY_JS, font=FONT)
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
     table.to_csv(folder / f"{name}.csv", index=False)
     about = {"name": name, "caption": caption, "order": next(_saved), "notebook": os.environ.get("SMOOTHKIT_NOTEBOOK")}
     (folder / f"{name}.json").write_text(json.dumps({**about, **what}), encoding="utf-8")
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
-        raise ValueError(f"name must be lower-case letters, digits, - and _ (it becomes a file name), got {name!r}")
-
-
-def _plain(text: str) -> str:
-    return html.unescape(re.sub(r"<[^>]+>", " ", text)).strip()
 
 
 def figure_numbers(fig: go.Figure) -> pd.DataFrame:
@@ -161,33 +162,20 @@ def ensure_plotly_js(folder: Path) -> Path:
 
 def plotly_div(bundle: dict, div_id: str) -> str:
     """A div and the script that draws the figure in it; the page must have loaded plotly.js."""
-    figure = {key: bundle[key] for key in ("data", "layout", "frames") if key in bundle} | {"config": PLOTLY_CONFIG}
-    return (
-        f'<div id="{div_id}" class="sk-plot"></div>\n'
-        f'<script>Plotly.newPlot("{div_id}", {script_json(figure)});</script>'
-    )
+    return _PAGES.get_template("plot.html").render(name=div_id, figure=_to_draw(bundle))
+
+
+def _to_draw(bundle: dict) -> dict:
+    return {key: bundle[key] for key in ("data", "layout", "frames") if key in bundle} | {"config": PLOTLY_CONFIG}
 
 
 def script_json(value: object) -> str:
     """JSON that is safe inside a script element."""
-    return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\u0021--")
-
-
-def _figure_page(name: str, caption: str, bundle: dict) -> str:
-    text = html.escape(caption)
-    return textwrap.dedent(f"""\
-        <!DOCTYPE html>
-        <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-        <title>{text}</title><script src="{PLOTLY_JS}"></script>
-        <style>body {{ font-family: {_FONT}; color: #1f2933; background: #fff; margin: 1rem auto; max-width: 1000px;
-        padding: 0 1rem }} a {{ color: #0072b2 }}</style></head><body>
-        <!--figure-->
-        <p>{text} · <a href="{name}.csv">numbers (CSV)</a></p></body></html>
-        """).replace("<!--figure-->", plotly_div(bundle, name))
+    return jinja2.utils.htmlsafe_json_dumps(value)
 
 
 def save_print(fig: Figure, path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a matplotlib figure to `path`, the same bytes each time, and its numbers to a CSV beside it."""
+    """Write a matplotlib figure to `path` (.svg, .pdf or .png), the same bytes each time, and its numbers as CSV beside it."""
     path = Path(path)
     ending = path.suffix.lstrip(".").lower()
     if ending not in ("svg", "pdf", "png"):

@@ -5,12 +5,12 @@ import dataclasses
 import math
 import zlib
 
+import numpy as np
 import plotly.graph_objects as go
 
 RADIUS_AXIS = "L2 radius, pixel units on [0, 1]"
-
-_FONT = "Arial, Helvetica, DejaVu Sans, sans-serif"
-_WRONG, _NO_ANSWER, _QUIET = "#555555", "#B8B8B8", "#9AA5B1"
+FONT = "Arial, Helvetica, DejaVu Sans, sans-serif"
+WRONG, NO_ANSWER, QUIET = "#555555", "#B8B8B8", "#9AA5B1"  # colours of bars
 
 
 # --- one sigma, one look -----------------------------------------------------------------------------
@@ -42,7 +42,7 @@ class Style:
 
 
 # colours after Okabe and Ito, "Color Universal Design" (2008): told apart with any colour vision
-_STYLES = (
+STYLES = (
     Style("#0072B2", "solid", "circle"),
     Style("#D55E00", "dash", "square"),
     Style("#009E73", "longdash", "triangle-up"),
@@ -67,7 +67,7 @@ def sigma_style(sigma: float) -> Style:
         return _SIGMA_STYLES[sigma]
     hue = (0.78 + 0.618 * math.log2(sigma)) % 1.0  # steps by the golden ratio: neighbours come out far apart
     red, green, blue = colorsys.hls_to_rgb(hue, 0.42, 0.5)
-    pick = _STYLES[zlib.crc32(f"{sigma:g}".encode()) % len(_STYLES)]
+    pick = STYLES[zlib.crc32(f"{sigma:g}".encode()) % len(STYLES)]
     return Style(f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}", pick.dash, pick.symbol)
 
 
@@ -88,17 +88,16 @@ def _checked_sigma(sigma: float) -> float:
     return round(sigma, 9)
 
 
-def _style_of(key: float | str, position: int) -> Style:
+def style_of(key: float | str, position: int) -> Style:
     """A sigma's own look, or that of the name at this position: where colours come again, lines and markers differ."""
     if not isinstance(key, str):
         return sigma_style(key)
-    again, place = divmod(position, len(_STYLES))
-    other = _STYLES[(place + 3 * again) % len(_STYLES)]
-    return dataclasses.replace(_STYLES[place], dash=other.dash, symbol=other.symbol)
+    again, place = divmod(position, len(STYLES))
+    other = STYLES[(place + 3 * again) % len(STYLES)]
+    return dataclasses.replace(STYLES[place], dash=other.dash, symbol=other.symbol)
 
 
 # --- the look of all plotly figures ------------------------------------------------------------------
-
 
 _AXIS = {
     "gridcolor": "#EBF0F8", "linecolor": "#EBF0F8", "zerolinecolor": "#EBF0F8", "zerolinewidth": 2, "ticks": "",
@@ -107,7 +106,7 @@ _AXIS = {
 # plotly's own templates name every kind of trace, and a figure copies its template: half of what a slider's step costs
 _TEMPLATE = go.layout.Template(
     layout={
-        "colorway": [style.colour for style in _STYLES], "paper_bgcolor": "white", "plot_bgcolor": "white",
+        "colorway": [style.colour for style in STYLES], "paper_bgcolor": "white", "plot_bgcolor": "white",
         "xaxis": _AXIS, "yaxis": _AXIS, "autotypenumbers": "strict", "hoverlabel": {"align": "left"},
         "annotationdefaults": {"arrowhead": 0, "arrowwidth": 1}, "coloraxis": {"colorbar": {"outlinewidth": 0}},
     }
@@ -119,7 +118,7 @@ def dress(fig: go.Figure, title: str, x: str | None = None, y: str | None = None
     fig.update_layout(
         template=_TEMPLATE,
         title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 18}},
-        font={"family": _FONT, "size": 14, "color": "#1F2933"},
+        font={"family": FONT, "size": 14, "color": "#1F2933"},
         margin={"l": 70, "r": 24, "t": 60 if title else 24, "b": 60},
         height=430,
         hovermode="closest",
@@ -129,3 +128,14 @@ def dress(fig: go.Figure, title: str, x: str | None = None, y: str | None = None
         fig.update_xaxes(title_text=x)
     if y:
         fig.update_yaxes(title_text=y)
+
+
+def equal_scale(box: object) -> None:
+    """Draw both axes of a subplot (`fig.get_subplot`) to one scale."""
+    box.yaxis.scaleanchor = box.xaxis.plotly_name.replace("axis", "")
+
+
+def circle(radius: float, x: float = 0.0, y: float = 0.0) -> dict[str, np.ndarray]:
+    """The x and y of a circle around a point."""
+    turn = np.linspace(0, 2 * np.pi, 181)
+    return {"x": x + radius * np.cos(turn), "y": y + radius * np.sin(turn)}

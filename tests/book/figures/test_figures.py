@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from smoothbook import figures
+from smoothbook.figures.show import figure_numbers, script_json
 
 
 def table(radius, correct=None, predict=None) -> pd.DataFrame:
@@ -218,14 +219,14 @@ def test_no_figure_offers_to_upload_itself():
 
 def test_numbers_of_pictures_can_be_read_back():
     images = np.random.default_rng(1).random((2, 3, 4, 5))
-    numbers = figures.figure_numbers(figures.image_grid(images))
+    numbers = figure_numbers(figures.image_grid(images))
     assert len(numbers) == images.size
     first = numbers[(numbers["trace"] == "trace 1") & (numbers["channel"] == 2)]["value"].to_numpy().reshape(4, 5)
     np.testing.assert_array_equal(first, np.rint(255 * images[1, 2]).astype(int))
 
 
 def test_json_in_a_page_cannot_end_its_script():
-    shown = figures.script_json({"title": "</script><!-- x"})
+    shown = script_json({"title": "</script><!-- x"})
     assert "</" not in shown and "<!--" not in shown and json.loads(shown) == {"title": "</script><!-- x"}
 
 
@@ -234,19 +235,20 @@ def test_json_in_a_page_cannot_end_its_script():
 
 @pytest.mark.parametrize("ending", ["svg", "pdf", "png"])
 def test_print_writes_the_same_bytes_each_time(ending, small, tmp_path):
-    first = figures.print_certified_accuracy({0.25: small, 0.5: small}, tmp_path / f"a.{ending}", envelope=True)
-    second = figures.print_certified_accuracy({0.25: small, 0.5: small}, tmp_path / f"b.{ending}", envelope=True)
+    tables = {0.25: small, 0.5: small}
+    points = figures.certified_accuracy_points(tables, envelope=True)
+    first, second = (
+        figures.save_print(figures.certified_accuracy_print(tables, envelope=True), tmp_path / f"{x}.{ending}", points)
+        for x in "ab"
+    )
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_size > 1000
-    numbers = pd.read_csv(tmp_path / "a.csv")
-    pd.testing.assert_frame_equal(
-        numbers, figures.certified_accuracy_points({0.25: small, 0.5: small}, envelope=True), check_dtype=False
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), points, check_dtype=False)
 
 
 def test_print_refuses_other_endings(small, tmp_path):
     with pytest.raises(ValueError, match=r"must end in .svg, .pdf or .png"):
-        figures.print_certified_accuracy({0.5: small}, tmp_path / "a.jpg")
+        figures.save_print(figures.certified_accuracy_print({0.5: small}), tmp_path / "a.jpg", small)
 
 
 def test_show_print_keeps_vector_files(small, tmp_path):
