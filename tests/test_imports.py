@@ -30,7 +30,7 @@ MODULES_OF = {
     ],
     "smoothbook.tables": ["denoisers", "selectors", "settings", "table", "make", "published", "claims"],
     "smoothbook.panels": [
-        "live", "base", "job", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
+        "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
     ],
     "smoothbook.bench": ["measure", "peers", "plan", "parts", "engine", "samples", "sigma", "panels"],
     "smoothbook.runner": ["gallery", "run", "workshop", "exercises"],

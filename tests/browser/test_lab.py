@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smoothbook import figures
-from smoothbook.panels.curve import certificate_table, read_counts
+from smoothbook.panels.curve import read_counts
 from smoothkit import data
 from smoothkit.records import open_record
 
@@ -30,7 +30,7 @@ def assert_plotted(figure: dict, counts: dict) -> None:
     alpha, n = figure["meta"]["alpha"], figure["meta"]["n"]
     assert figure["title"] == f"Certified accuracy at alpha = {alpha:.3g}, n = {n:,}"
     for trace, (sigma, c) in zip(figure["data"], counts.items(), strict=True):
-        exact = figures.certified_accuracy_points({sigma: certificate_table(c, alpha=alpha, n=n)})
+        exact = figures.certified_accuracy_points({sigma: c.certificates(alpha=alpha, n=n)})
         assert trace["name"] == f"σ = {sigma:g}"
         assert np.allclose(trace["x"], exact["radius"], rtol=1e-12, atol=0)
         assert np.allclose(trace["y"], exact["certified_accuracy"], rtol=1e-12, atol=0)

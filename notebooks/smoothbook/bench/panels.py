@@ -70,7 +70,7 @@ def panels(
 
 
 def _slices(sides: Sequence[int], samples: int, rounds: int) -> list[dict]:
-    from smoothbook.panels.slice import EDGES, base_regions, centre_votes, make_plane, sample_plane
+    from smoothbook.panels.plane import EDGES, base_regions, centre_votes, make_plane, sample_plane
 
     images, model = data.load("digits"), models.load(f"starter:digits-vit-{SIGMA:g}")
     how = dict(sigma=SIGMA, seed=0)

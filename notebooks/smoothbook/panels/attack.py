@@ -20,8 +20,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from smoothbook import figures
-from smoothbook.panels.base import AlphaControl, EdgeControl, Job, Panel, choose_edge, linked, note, row, thumbnail
-from smoothbook.panels.curve import certificate_table, read_counts
+from smoothbook.panels.base import LABEL, AlphaControl, EdgeControl, Panel, linked, note, row, thumbnail
+from smoothbook.panels.curve import read_counts
+from smoothbook.panels.job import Job
 from smoothbook.training.attacks import PGD, norms
 from smoothkit import Purpose, Smoothed
 from smoothkit.data import Images, from_arrays
@@ -33,7 +34,7 @@ from smoothkit.types import ABSTAIN, round_down
 COPIES = 8  # noisy copies an attack sees
 STEPS = 10
 ASKED, ASKED_AGAIN = 200, 2_000  # samples of PREDICT on an attacked image, and before a crossing is believed
-CROSSING = "#D55E00"
+CROSSING, DARK = "#D55E00", "#1F2933"  # an attack that crossed a radius, as in panel.css; one that did not
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +75,8 @@ def attack_images(
             break
         attacked = PGD(epsilon, steps)(smoothed.base_classifier, batch[left], said[left], noise[:, left])
         attacked = _on_grid(attacked, images.grid)
-        answers = smoothed.predict(_as_images(attacked, images.grid), n=ASKED, alpha=alpha, seed=seed)
+        asked = from_arrays(attacked, grid=images.grid, name="attacked")
+        answers = smoothed.predict(asked, n=ASKED, alpha=alpha, seed=seed)
         for i, point, answer in zip(left, attacked, answers, strict=True):
             if answer not in (ABSTAIN, predicted[i]):
                 distance = float(norms((point - batch[i])[None].double())[0])
@@ -97,10 +99,6 @@ def _on_grid(images: Tensor, grid: int | None) -> Tensor:
     return images if grid is None else (images * grid).round() / grid
 
 
-def _as_images(images: Tensor, grid: int | None) -> Images:
-    return from_arrays(images, grid=grid, name="attacked")
-
-
 def attack_table(certificates: pd.DataFrame, broken: Sequence[Broken | None]) -> pd.DataFrame:
     """Certificates beside attacks, one row an image: idx, label, predict, radius, distance, instead, crossing.
 
@@ -119,49 +117,52 @@ def attack_figure(table: pd.DataFrame, *, sigma: float, reach: float, title: str
     """
     fig = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=("all images", "each image"))
     style = figures.sigma_style(sigma)
-    top = 1.05 * max(reach, float(table["radius"].max()), 0.1)
+    line = {"color": style.colour, "width": 2.6}
+    longest = float(table["radius"].max())
+    top = 1.05 * max(reach, longest, 0.1)
     at = np.unique(np.concatenate([[0.0, reach], table["radius"], table["distance"].dropna()]))
-    certified = [(table["radius"] >= r).mean() for r in at]
-    stands = [1 - (table["distance"] <= r).mean() for r in at]
-    known = at <= reach
+    tried, shown = at[at <= reach], np.array([round_down(r) for r in at])
     fig.add_scatter(
-        x=at[known], y=np.array(stands)[known], name="stands under attack", mode="lines", row=1, col=1,
-        line={"color": "#1F2933", "width": 2.2, "dash": "dash", "shape": "hv"},
-        hovertemplate="no attack within %{x:.3f} changes %{y:.3f}<extra></extra>",
+        x=tried, y=[1 - (table["distance"] <= r).mean() for r in tried], text=shown[at <= reach], row=1, col=1,
+        name="stands under attack", mode="lines", line={"color": DARK, "width": 2.2, "dash": "dash", "shape": "hv"},
+        hovertemplate="no attack within %{text} changes %{y:.3f}<extra></extra>",
     )  # fmt: skip
     fig.add_scatter(
-        x=at, y=certified, name="certified", mode="lines", fill="tozeroy", row=1, col=1,
-        line={"color": style.colour, "width": 2.6, "shape": "vh"},
-        hovertemplate="radius ≥ %{x:.3f}: %{y:.3f}<extra></extra>",
+        x=at, y=[(table["radius"] >= r).mean() for r in at], text=shown, name="certified", mode="lines", row=1, col=1,
+        fill="tozeroy", line={**line, "shape": "vh"}, hovertemplate="radius ≥ %{text}: %{y:.3f}<extra></extra>",
     )  # fmt: skip
     fig.add_scatter(
         x=[0, top], y=[0, top], name="the certified radius", mode="lines", hoverinfo="skip", row=1, col=2,
-        line={"color": style.colour, "width": 2.6}, showlegend=False,
+        line=line, showlegend=False,
     )  # fmt: skip
     for name, which, marker in _kinds(table, style.colour):
         part = table[which]
         fig.add_scatter(
             x=part["radius"], y=part["distance"].fillna(reach), name=name, mode="markers", marker=marker, row=1, col=2,
-            customdata=part[["idx", "predict", "instead"]].to_numpy(),
-            hovertemplate="image %{customdata[0]}: radius %{x:.3f}, attack at %{y:.3f}<extra>" + name + "</extra>",
+            text=[_said(*found) for found in part[["idx", "radius", "distance"]].itertuples(index=False)],
+            hovertemplate="%{text}<extra>" + name + "</extra>",
         )  # fmt: skip
     figures.dress(fig, title, figures.RADIUS_AXIS)
     fig.update_xaxes(range=[0, top], col=1)
     fig.update_yaxes(title_text="share of images", range=[0, 1.04], col=1)
-    longest = 1.08 * max(float(table["radius"].max()), 0.1)
-    fig.update_xaxes(title_text="certified radius", range=[0, longest], col=2)
-    fig.update_yaxes(title_text="L2 distance of the attack", range=[0, 1.06 * max(reach, longest)], col=2)
+    right = 1.08 * max(longest, 0.1)
+    fig.update_xaxes(title_text="certified radius", range=[0, right], col=2)
+    fig.update_yaxes(title_text="L2 distance of the attack", range=[0, 1.06 * max(reach, right)], col=2)
     below = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.26, "yanchor": "top"}
-    fig.update_layout(height=510, legend=below, margin={"t": 92, "b": 50}, uirevision="attack")
-    return fig
+    return fig.update_layout(height=510, legend=below, margin={"t": 92, "b": 50}, uirevision="attack")
+
+
+def _said(idx: float, radius: float, distance: float) -> str:
+    attack = "no attack found" if np.isnan(distance) else f"attack at {round_down(distance)}"
+    return f"image {int(idx)}: radius {round_down(radius)}, {attack}"
 
 
 def _kinds(table: pd.DataFrame, colour: str) -> list[tuple[str, pd.Series, dict]]:
     crossing, broken = table["crossing"], table["distance"].notna()
-    line = {"width": 2, "color": colour}
+    open_triangle = {"symbol": "triangle-up-open", "size": 9, "color": colour, "line": {"width": 2, "color": colour}}
     return [
-        ("attack succeeds here", broken & ~crossing, {"symbol": "circle", "size": 9, "color": "#1F2933"}),
-        ("none succeeds", ~broken, {"symbol": "triangle-up-open", "size": 9, "color": colour, "line": line}),
+        ("attack succeeds here", broken & ~crossing, {"symbol": "circle", "size": 9, "color": DARK}),
+        ("none succeeds", ~broken, open_triangle),
         ("CROSSING", crossing, {"symbol": "x", "size": 15, "color": CROSSING, "line": {"width": 2, "color": "#000000"}}),
     ]  # fmt: skip
 
@@ -184,11 +185,15 @@ class AttackPanel(Panel):
     images : data.Images
         The whole split the record is of.
     record : Record
-    alpha, n, number, reach, seed : the settings
-        `number` images are attacked, spread over the split, at budgets up to `reach`. alpha and n move the
-        certificates from kept counts; the others ask for another attack, behind the button.
     cases_dir : path, optional
         Where crossings are kept; `cases` holds them in any case.
+    alpha : float in (0, 1), failure probability of each certificate
+    n : int, estimation samples, a block edge of the record; the most by default
+    number : int, images that are attacked, spread over the split
+    reach : float, the largest budget, an L2 distance in pixel units on [0, 1]
+    seed : int, of the noise that attack and judgement draw
+
+    alpha and n move the certificates from kept counts; the others ask for another attack, behind the button.
     """
 
     alpha = traitlets.Float(0.001).tag(setting=True)
@@ -204,42 +209,38 @@ class AttackPanel(Panel):
         record: Record,
         *,
         cases_dir: str | Path | None = None,
-        **settings,
+        alpha: float = 0.001,
+        n: int | None = None,
+        number: int = 24,
+        reach: float = 1.4,
+        seed: int = 0,
     ) -> None:
         self.images, self.smoothed = images, Smoothed(base_classifier, record.sigma)
         self.counts = read_counts(record)
+        self.edges = self.counts.edges
         self.cases: list[dict] = []
         self.cases_dir = cases_dir
         self._attacked: tuple[tuple, list[Broken | None]] | None = None
-        settings.setdefault("n", self.counts.edges[-1])
-        super().__init__(**settings)
-
-    @traitlets.validate("n")
-    def _valid_n(self, proposal: dict) -> int:
-        return choose_edge(self.counts.edges, proposal["value"])
+        n = self.edges[-1] if n is None else n
+        super().__init__(dict(alpha=alpha, n=n, number=number, reach=reach, seed=seed))
 
     def controls(self) -> Sequence[widgets.Widget]:
-        wide = {"description_width": "4em"}
-        number = widgets.BoundedIntText(min=1, max=len(self.images), description="images", style=wide)
+        number = widgets.BoundedIntText(min=1, max=len(self.images), description="images", style=LABEL)
         reach = widgets.FloatSlider(
             value=self.reach, min=0.05, max=max(3.0, self.reach), step=0.05, description="reach",
-            continuous_update=False, style=wide, tooltip="the largest budget of the attack",
+            continuous_update=False, style=LABEL, tooltip="the largest budget of the attack",
         )  # fmt: skip
         self.number_control, self.reach_slider = linked(self, "number", number), linked(self, "reach", reach)
-        self.alpha_control = AlphaControl(self)
-        self.n_control = linked(self, "n", EdgeControl(self.counts.edges, self.n))
+        self.alpha_control, self.n_control = AlphaControl(self), EdgeControl(self)
         self.job = Job("Attack", self._attack, self.complain)
         return [row(self.alpha_control, self.n_control), row(self.number_control, self.reach_slider, self.job)]
-
-    def settle(self) -> None:
-        self.job.wait()
 
     def _wanted(self) -> tuple:
         return (self.number, self.reach, self.seed)
 
     def _certificates(self) -> pd.DataFrame:
-        """Of the images under attack: spread evenly over the split, and only those with an answer."""
-        table = certificate_table(self.counts, alpha=self.alpha, n=self.n)
+        """Of the images under attack, spread evenly over the split."""
+        table = self.counts.certificates(alpha=self.alpha, n=self.n)
         picked = np.unique(np.linspace(0, len(table) - 1, min(self.number, len(table))).astype(int))
         return table.iloc[picked]
 
@@ -262,11 +263,9 @@ class AttackPanel(Panel):
     def _keep_crossings(self, table: pd.DataFrame, broken: list, images: Images, *, alpha: float, n: int) -> None:
         """Ask again, with more and fresh noise, before a crossing is believed."""
         for i in np.flatnonzero(table["crossing"]):
-            attacked = torch.from_numpy(broken[i].attacked)[None]
-            again = self.smoothed.predict(
-                _as_images(attacked, images.grid), n=ASKED_AGAIN, alpha=alpha, seed=fresh_seed()
-            )
-            if again[0] in (ABSTAIN, table["predict"][i]):
+            asked = from_arrays(torch.from_numpy(broken[i].attacked)[None], grid=images.grid, name="attacked")
+            (again,) = self.smoothed.predict(asked, n=ASKED_AGAIN, alpha=alpha, seed=fresh_seed())
+            if again in (ABSTAIN, table["predict"][i]):
                 broken[i] = None
                 continue
             case = table.iloc[i].to_dict() | {
@@ -289,40 +288,34 @@ class AttackPanel(Panel):
         if not asked:
             certificates = self._certificates()
             table = attack_table(certificates, [None] * len(certificates))
-        title = f"PGD against {len(table)} certificates, sigma = {sigma:g}, alpha = {self.alpha:.3g}, n = {self.n:,}"
-        reach = self.reach if asked else 0.0
-        fig = attack_figure(table, sigma=sigma, reach=reach, title=title)
-        if not asked:
-            fig.data = [trace for trace in fig.data if trace.name in ("certified", "the certified radius")]
-        chosen = {name: getattr(self, name) for name in ("alpha", "n", "number", "reach")}
-        fig.layout.meta = {**chosen, "sigma": sigma, "attacked": asked}
-        return fig, note(self._sentence(table)) + self._red(table) if asked else note(
-            "No attack yet: press <b>Attack</b>."
-        )
+        title = f"PGD on {len(table)} images: sigma = {sigma:g}, alpha = {self.alpha:.3g}, n = {self.n:,}"
+        fig = attack_figure(table, sigma=sigma, reach=self.reach if asked else 0.0, title=title)
+        fig.layout.meta = {**self.chosen("alpha", "n", "number", "reach"), "sigma": sigma, "attacked": asked}
+        if asked:
+            return fig, note(self._sentence(table)) + self._red()
+        fig.data = [trace for trace in fig.data if trace.name in ("certified", "the certified radius")]
+        return fig, note("No attack yet: press <b>Attack</b>.")
 
     def _sentence(self, table: pd.DataFrame) -> str:
         broken = table[table["distance"].notna()]
         text = f"{len(broken)} of {len(table)} answers were changed within {self.reach:g}."
         if len(broken):
-            nearest = broken["distance"] - broken["radius"]
-            closest = broken.loc[nearest.idxmin()]
+            closest = broken.loc[(broken["distance"] - broken["radius"]).idxmin()]
             text += (
                 f" Nearest to its line came image {int(closest.idx)}: certified to {round_down(closest.radius)}, "
-                f"changed at {closest.distance:.3f}."
+                f"changed at {round_down(closest.distance)}."
             )
         crossed = int(table["crossing"].sum())
         if not crossed:
             return text + " None crossed its certified radius."
-        new = (
-            ""
-            if crossed <= len(self.cases)
-            else " At these alpha and n that is new: press Attack to ask again and keep it."
-        )
-        return f"{text} <b>{crossed} crossed.</b>{new}"
+        new = " At these alpha and n that is new: press Attack to ask again and keep it."
+        return f"{text} <b>{crossed} crossed.</b>{new if crossed > len(self.cases) else ''}"
 
-    def _red(self, table: pd.DataFrame) -> str:
-        found = []
-        for case in self.cases:
-            caption = html.escape(f"image {case['idx']}: {case['distance']:.3f} < {case['radius']:.3f}")
-            found.append(thumbnail(case["attacked"], caption, mark=CROSSING))
-        return "".join(found)
+    def _red(self) -> str:
+        captions = (
+            f"image {c['idx']}: {round_down(c['distance'], 4)} < {round_down(c['radius'], 4)}" for c in self.cases
+        )
+        return "".join(
+            thumbnail(case["attacked"], html.escape(caption), crossing=True)
+            for case, caption in zip(self.cases, captions, strict=True)
+        )

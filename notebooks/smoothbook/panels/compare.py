@@ -11,8 +11,8 @@ import traitlets
 from plotly.subplots import make_subplots
 
 from smoothbook import figures
-from smoothbook.panels.base import AlphaControl, EdgeControl, Panel, choose_edge, linked, note, row
-from smoothbook.panels.curve import Counts, certificate_table, read_counts
+from smoothbook.panels.base import LABEL, AlphaControl, EdgeControl, Panel, linked, note, row
+from smoothbook.panels.curve import Counts, common_edges, read_counts
 from smoothkit.reading import paired_bootstrap
 from smoothkit.records import Record
 from smoothkit.types import round_down
@@ -85,8 +85,9 @@ def compare_figure(
         fig.add_scatter(
             x=one[mask], y=two[mask], mode="markers", name=f"longer: {html.escape(name)}" if name != "neither" else name,
             marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
-            customdata=first["idx"].to_numpy()[mask],
-            hovertemplate="image %{customdata}: %{x:.3f} and %{y:.3f}<extra></extra>", row=1, col=1,
+            customdata=first["idx"].to_numpy()[mask], row=1, col=1,
+            text=[f"{round_down(a)} and {round_down(b)}" for a, b in zip(one[mask], two[mask], strict=True)],
+            hovertemplate="image %{customdata}: %{text}<extra></extra>",
         )  # fmt: skip
     up, down = differences["high"] - differences["difference"], differences["difference"] - differences["low"]
     fig.add_scatter(
@@ -103,8 +104,7 @@ def compare_figure(
     fig.update_xaxes(title_text="certified accuracy, and ACR", row=1, col=2)
     fig.update_yaxes(title_text="second minus first", row=1, col=2, zeroline=False)
     below = {"orientation": "h", "x": 0.25, "xanchor": "center", "y": -0.26, "yanchor": "top"}
-    fig.update_layout(height=520, legend=below, margin={"t": 92, "b": 40}, uirevision="compare")
-    return fig
+    return fig.update_layout(height=520, legend=below, margin={"t": 92, "b": 40}, uirevision="compare")
 
 
 class ComparePanel(Panel):
@@ -113,9 +113,10 @@ class ComparePanel(Panel):
     Parameters
     ----------
     records : mapping from a name to Record, at least two
-    alpha, n, first, second : the settings
-        `first` and `second` are names; `n` must be a block edge of every record.
     class_names : sequence of str, optional
+    alpha : float in (0, 1), failure probability of each certificate
+    n : int, estimation samples, a block edge of every record; the most by default
+    first, second : names of two of the records; the first two by default
     """
 
     alpha = traitlets.Float(0.001).tag(setting=True)
@@ -123,21 +124,24 @@ class ComparePanel(Panel):
     first = traitlets.Unicode().tag(setting=True)
     second = traitlets.Unicode().tag(setting=True)
 
-    def __init__(self, records: Mapping[str, Record], class_names: Sequence[str] = (), **settings) -> None:
+    def __init__(
+        self,
+        records: Mapping[str, Record],
+        class_names: Sequence[str] = (),
+        *,
+        alpha: float = 0.001,
+        n: int | None = None,
+        first: str | None = None,
+        second: str | None = None,
+    ) -> None:
         if len(records) < 2:
             raise ValueError(f"records must hold at least two, got {len(records)}")
         self.counts = {name: read_counts(record, name) for name, record in records.items()}
-        self.edges = sorted(set.intersection(*(set(c.edges) for c in self.counts.values())))
-        if not self.edges:
-            raise ValueError("the records share no block edge, so no n can be read from all of them")
+        self.edges = common_edges(self.counts.values())
         self.class_names = tuple(class_names)
         names = list(self.counts)
-        settings = {"n": self.edges[-1], "first": names[0], "second": names[1]} | settings
-        super().__init__(**settings)
-
-    @traitlets.validate("n")
-    def _valid_n(self, proposal: dict) -> int:
-        return choose_edge(self.edges, proposal["value"])
+        first, second = names[0] if first is None else first, names[1] if second is None else second
+        super().__init__(dict(alpha=alpha, n=self.edges[-1] if n is None else n, first=first, second=second))
 
     @traitlets.validate("first", "second")
     def _valid_name(self, proposal: dict) -> str:
@@ -148,20 +152,18 @@ class ComparePanel(Panel):
         return proposal["value"]
 
     def controls(self) -> Sequence[widgets.Widget]:
-        wide = {"description_width": "4em"}
         self.choices = [
-            linked(self, name, widgets.Dropdown(options=list(self.counts), value=getattr(self, name), description=name, style=wide))
-            for name in ("first", "second")
+            linked(self, x, widgets.Dropdown(options=list(self.counts), value=getattr(self, x), description=x, style=LABEL))
+            for x in ("first", "second")
         ]  # fmt: skip
-        self.alpha_control = AlphaControl(self)
-        self.n_control = linked(self, "n", EdgeControl(self.edges, self.n))
+        self.alpha_control, self.n_control = AlphaControl(self), EdgeControl(self)
         return [row(*self.choices), row(self.alpha_control, self.n_control)]
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The certificates of both on their common images, in one order."""
         one, two = self.counts[self.first], self.counts[self.second]
         places = common_images(one, two)
-        made = (certificate_table(c, alpha=self.alpha, n=self.n) for c in (one, two))
+        made = (c.certificates(alpha=self.alpha, n=self.n) for c in (one, two))
         return tuple(table.iloc[place].reset_index(drop=True) for table, place in zip(made, places, strict=True))
 
     def draw(self) -> tuple[go.Figure, str]:
@@ -171,7 +173,7 @@ class ComparePanel(Panel):
         differences = paired_bootstrap(second, first, RADII, draws=draws)
         title = f"{len(first)} common images at alpha = {self.alpha:.3g}, n = {self.n:,}"
         fig = compare_figure(first, second, differences, names=names, title=title)
-        fig.layout.meta = {"alpha": self.alpha, "n": self.n, "first": self.first, "second": self.second}
+        fig.layout.meta = self.chosen("alpha", "n", "first", "second")
         acr = differences.set_index("what").loc["ACR"]
         words = (
             f"Average certified radius: {html.escape(self.second)} minus {html.escape(self.first)} is "
@@ -185,9 +187,6 @@ class ComparePanel(Panel):
             self.class_names[c] if c != "all" and c < len(self.class_names) else str(c) for c in table["class"]
         ]
         for column in ("first", "second"):
-            shown[column] = [f"{round_down(v)}" for v in table[column]]
+            shown[column] = [round_down(v) for v in table[column]]
         shown["difference"] = [f"{v:+.3f}" for v in table["difference"]]
-        table = shown.to_html(index=False, border=0)
-        for cell in ("th", "td"):
-            table = table.replace(f"<{cell}>", f'<{cell} style="padding:1px 10px;text-align:right;line-height:1.4">')
-        return table
+        return shown.to_html(index=False, border=0, classes="smoothkit-table")

@@ -5,7 +5,7 @@ Everything follows from kept counts: a slider recomputes bounds and radii, nothi
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import ipywidgets as widgets
 import numpy as np
@@ -14,8 +14,9 @@ import plotly.graph_objects as go
 import traitlets
 
 from smoothbook import figures
-from smoothbook.panels.base import AlphaControl, EdgeControl, Panel, choose_edge, linked, note, row, thumbnail
+from smoothbook.panels.base import LABEL, AlphaControl, EdgeControl, Panel, check_edge, note, row, thumbnail
 from smoothkit.certify.bounds import clopper_pearson_lower, radius
+from smoothkit.certify.table import certificate_table
 from smoothkit.records import Record, RecordError
 from smoothkit.types import ABSTAIN, check_alpha, round_down
 
@@ -46,6 +47,17 @@ class Counts:
     def __len__(self) -> int:
         return len(self.index)
 
+    def certificates(self, *, alpha: float, n: int) -> pd.DataFrame:
+        """As `certify.certificates` gives them at another alpha or n, a block edge, one row an image.
+
+        Columns idx, label, predict, radius, correct, image_id.
+        """
+        check_alpha(alpha)
+        check_edge(n, self.edges)
+        radii = radius(clopper_pearson_lower(self.n_a[self.edges.index(n)], n, alpha), self.sigma)
+        images = {"index": self.index, "label": self.label, "image_id": self.image_id}
+        return certificate_table(images, np.where(radii > 0, self.c_a, ABSTAIN), radii)
+
 
 def read_counts(record: Record, name: str = "") -> Counts:
     """The counts of all complete images of a record of fixed n."""
@@ -71,18 +83,12 @@ def read_counts(record: Record, name: str = "") -> Counts:
     )
 
 
-def certificate_table(counts: Counts, *, alpha: float, n: int) -> pd.DataFrame:
-    """The certificates at another alpha or n, as `certify.certificates` gives them, from counts at hand.
-
-    Columns idx, label, predict, radius, correct, image_id, one row an image.
-    """
-    check_alpha(alpha)
-    n_a = counts.n_a[counts.edges.index(choose_edge(counts.edges, n))]
-    radii = radius(clopper_pearson_lower(n_a, n, alpha), counts.sigma)
-    predict = np.where(radii > 0, counts.c_a, ABSTAIN)
-    correct = (predict == counts.label) & (predict != ABSTAIN)
-    known = {"idx": counts.index, "label": counts.label, "predict": predict, "radius": radii, "correct": correct}
-    return pd.DataFrame({**known, "image_id": counts.image_id})
+def common_edges(counts: Iterable[Counts]) -> list[int]:
+    """The block edges that all of them share; an n must be one of them."""
+    edges = sorted(set.intersection(*(set(c.edges) for c in counts)))
+    if not edges:
+        raise ValueError("the records share no block edge, so no n can be read from all of them")
+    return edges
 
 
 def curve_figure(
@@ -100,13 +106,11 @@ def curve_figure(
 
 def curve_frames(counts: Mapping[float | str, Counts], *, n: int, alphas: Sequence[float] = ALPHAS) -> go.Figure:
     """The same figure with a slider over alpha that lives on in a page without Python."""
-
     if not alphas:
         raise ValueError("alphas must hold at least one failure probability")
 
     def at(alpha: float) -> go.Figure:
-        tables = {key: certificate_table(c, alpha=alpha, n=n) for key, c in counts.items()}
-        return curve_figure(tables, alpha=alpha, n=n)
+        return curve_figure({key: c.certificates(alpha=alpha, n=n) for key, c in counts.items()}, alpha=alpha, n=n)
 
     made = {alpha: at(alpha) for alpha in alphas}
     start = alphas.index(0.001) if 0.001 in alphas else 0
@@ -145,30 +149,32 @@ class CurvePanel(Panel):
     records : Record, or mapping from a name to Record
     images : data.Images, optional
         The whole split the records are of; its pictures show what is brushed.
-    alpha, n, brush : the settings
-        `n` must be a block edge of every record. `brush` is a pair of radii, or () for none: drag across the
-        curve, or move the two handles of the range slider.
+    alpha : float in (0, 1), failure probability of each certificate
+    n : int, estimation samples, a block edge of every record; the most by default
+    brush : pair of L2 radii, pixel units on [0, 1], or () for none
+        Drag across the curve, or move the two handles of the range slider.
     """
 
     alpha = traitlets.Float(0.001).tag(setting=True)
     n = traitlets.Int().tag(setting=True)
     brush = traitlets.Tuple().tag(setting=True)
 
-    def __init__(self, records: Record | Mapping[str, Record], images: object = None, **settings) -> None:
+    def __init__(
+        self,
+        records: Record | Mapping[str, Record],
+        images: object = None,
+        *,
+        alpha: float = 0.001,
+        n: int | None = None,
+        brush: tuple[float, float] | tuple[()] = (),
+    ) -> None:
         named = {"": records} if isinstance(records, Record) else dict(records)
         self.counts = _by_sigma([read_counts(record, name) for name, record in named.items()])
-        self.edges = sorted(set.intersection(*(set(c.edges) for c in self.counts.values())))
-        if not self.edges:
-            raise ValueError("the records share no block edge, so no n can be read from all of them")
+        self.edges = common_edges(self.counts.values())
         self.images = images
         self._place = {} if images is None else {int(i): place for place, i in enumerate(images.index)}
-        settings.setdefault("n", self.edges[-1])
-        super().__init__(**settings)
+        super().__init__(dict(alpha=alpha, n=self.edges[-1] if n is None else n, brush=brush))
         self.live.on_select(self._selected)
-
-    @traitlets.validate("n")
-    def _valid_n(self, proposal: dict) -> int:
-        return choose_edge(self.edges, proposal["value"])
 
     @traitlets.validate("brush")
     def _valid_brush(self, proposal: dict) -> tuple:
@@ -181,17 +187,15 @@ class CurvePanel(Panel):
         top = 1.04 * max(float(t["radius"].max()) for t in self.tables().values())
         self.range = widgets.FloatRangeSlider(
             value=self.brush or (0.0, 0.0), min=0.0, max=max(top, 0.1), step=0.01, readout_format=".2f",
-            description="radii", tooltip="the images whose certificates end in this range",
-            style={"description_width": "4em"}, continuous_update=True,
+            description="radii", tooltip="the images whose certificates end in this range", style=LABEL,
         )  # fmt: skip
         self.range.observe(self._ranged, "value")
-        self.alpha_control = AlphaControl(self)
-        self.n_control = linked(self, "n", EdgeControl(self.edges, self.n))
+        self.alpha_control, self.n_control = AlphaControl(self), EdgeControl(self)
         return [row(self.alpha_control, self.n_control, self.range)]
 
     def tables(self) -> dict[float | str, pd.DataFrame]:
         """The certificates at the alpha and n of now, by sigma or name."""
-        return {key: certificate_table(c, alpha=self.alpha, n=self.n) for key, c in self.counts.items()}
+        return {key: c.certificates(alpha=self.alpha, n=self.n) for key, c in self.counts.items()}
 
     def draw(self) -> tuple[go.Figure, str]:
         tables = self.tables()
@@ -209,7 +213,7 @@ class CurvePanel(Panel):
     def _pictures(self, tables: Mapping[float | str, pd.DataFrame]) -> str:
         found = brushed(tables, self.brush)
         low, high = self.brush
-        head = f"{len(found)} certificates end between {low:.2f} and {high:.2f}" + (
+        head = f"{len(found)} certificates end between {round_down(low, 2)} and {round_down(high, 2)}" + (
             f"; the {SHOWN} shortest of them:" if len(found) > SHOWN else ":" if len(found) else "."
         )
         return note(head) + "".join(self._picture(image) for image in found.head(SHOWN).itertuples())
@@ -217,7 +221,7 @@ class CurvePanel(Panel):
     def _picture(self, image) -> str:
         caption = f"{round_down(image.radius)}<br>{html.escape(image.curve)}"
         if image.idx not in self._place:
-            return f'<span style="display:inline-block;margin:2px 8px">image {image.idx}<br>{caption}</span>'
+            return f'<span class="smoothkit-thumbnail">image {image.idx}<br>{caption}</span>'
         place = self._place[image.idx]
         named = html.escape(self.images.class_name(int(image.predict)))
         return thumbnail(self.images[place].numpy(), f"“{named}” {caption}")

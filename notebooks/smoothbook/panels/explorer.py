@@ -6,8 +6,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from smoothbook import figures
-from smoothbook.panels.base import Panel, is_live, refuse_unknown
+from smoothbook.panels.base import Panel, is_live, still
 
 
 class Explorer(widgets.VBox):
@@ -20,21 +19,15 @@ class Explorer(widgets.VBox):
         The panel in view; the first by default.
     """
 
-    current = traitlets.Unicode().tag(setting=True)
+    current = traitlets.Unicode()
 
-    def __init__(self, makers: Mapping[str, Callable[[], Panel]], **settings) -> None:
-        refuse_unknown(type(self), settings)
+    def __init__(self, makers: Mapping[str, Callable[[], Panel]], *, current: str | None = None) -> None:
         if not makers:
             raise ValueError("makers must name at least one panel")
         self._makers, self._made = dict(makers), {}
-        settings.setdefault("current", next(iter(makers)))
-        super().__init__(**settings)
+        super().__init__(current=next(iter(makers)) if current is None else current)
         self.buttons = widgets.ToggleButtons(options=list(makers), value=self.current)
         widgets.link((self, "current"), (self.buttons, "value"))
-
-    @classmethod
-    def settings(cls) -> list[str]:
-        return sorted(cls.class_trait_names(setting=True))
 
     def __getitem__(self, name: str) -> Panel:
         if name not in self._makers:
@@ -54,7 +47,7 @@ class Explorer(widgets.VBox):
         if not is_live():
             print("The panels are live in JupyterLab; stills of them follow.")
             return
-        from IPython.display import display
+        from IPython.display import display  # loaded only where there is a notebook
 
         self._turn()
         self.observe(self._turn, "current")
@@ -65,8 +58,4 @@ class Explorer(widgets.VBox):
 
     def still(self, name: str, *, figure: str, figures_dir: str | Path = "", caption: str = "") -> None:
         """Show and keep the figure of a panel as it is now, after the work it has under way."""
-        panel = self[name]
-        panel.settle()
-        if panel.error:
-            raise RuntimeError(f"the panel {name!r} says: {panel.error}")
-        figures.show(panel.figure, figure, figures_dir=figures_dir, caption=caption)
+        still(self[name], figure, figures_dir=figures_dir, caption=caption)

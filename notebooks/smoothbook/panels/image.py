@@ -7,24 +7,27 @@ sequence, which holds at all moments together; a bound made for one look at a fi
 import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import torch
 import traitlets
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from smoothbook import figures
-from smoothbook.panels.base import AlphaControl, Job, Panel, linked, note, row, thumbnail
+from smoothbook.panels.base import LABEL, AlphaControl, Panel, linked, note, row, thumbnail
+from smoothbook.panels.job import Job
 from smoothkit import Purpose, noisy_copies
 from smoothkit.certify.betting import kt_lower, kt_upper
 from smoothkit.certify.fixed import from_lower_bound
 from smoothkit.data import Images
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.stream import VoteStream
-from smoothkit.types import Certificate, Votes
+from smoothkit.types import Certificate, NoiseForm, Votes, round_down
 
 COPIES = 7  # noisy copies shown
 PIECE = 100  # samples between two pictures while sampling
@@ -82,21 +85,21 @@ def image_figure(
     counts, n : votes of the n copies so far
     """
     columns = len(copies) + 1
+    half, rest = columns // 2, columns - columns // 2
+    below = [{"colspan": half}, *[None] * (half - 1), {"colspan": rest}, *[None] * (rest - 1)]
     fig = make_subplots(
         rows=2, cols=columns, row_heights=[0.26, 0.74], vertical_spacing=0.12, horizontal_spacing=0.008,
-        specs=[[{} for _ in range(columns)], [{"colspan": columns // 2}, *[None] * (columns // 2 - 1),
-               {"colspan": columns - columns // 2}, *[None] * (columns - columns // 2 - 1)]],
+        specs=[[{} for _ in range(columns)], below],
     )  # fmt: skip
-    pictures = figures.image_grid(np.concatenate([image[None], copies])).data
-    for position, trace in enumerate(pictures, start=1):
-        fig.add_trace(trace, row=1, col=position)
     figures.dress(fig, title)
-    _add_captions(fig, ["the image", *(f"“{a}”" for a in answers)])
+    pictures = figures.display_pixels(np.concatenate([image[None], copies]))
+    for col, (pixels, caption) in enumerate(zip(pictures, ["the image", *(f"“{a}”" for a in answers)], strict=True)):
+        figures.add_picture(fig, pixels, caption, row=1, col=col + 1, size=13)
     fig.add_trace(go.Bar(name="votes"), row=2, col=1)
     fig.add_hline(y=0.5, line={"color": "#444444", "dash": "dot", "width": 1.5}, row=2, col=1)
     fig.update_xaxes(title_text="class", type="category", showgrid=False, row=2, col=1)
     fig.update_yaxes(range=[0, 1.02], dtick=0.25, row=2, col=1)
-    _add_ball(fig, certificate, distances, col=columns // 2 + 1)
+    _add_ball(fig, certificate, distances, col=half + 1)
     fig.update_layout(showlegend=False, height=560, uirevision="image", margin={"t": 84, "r": 16})
     move_votes(fig, counts, n, class_names=class_names, certificate=certificate)
     return fig
@@ -115,37 +118,17 @@ def move_votes(
     (votes,), (ball,) = fig.select_traces({"name": "votes"}), fig.select_traces({"name": "certified ball"})
     votes.update(x=bars.x, y=bars.y, customdata=bars.customdata, marker=bars.marker, error_y=bars.error_y)
     votes.hovertemplate = bars.hovertemplate
-    ball.update(dict(zip("xy", _circle(certificate.radius), strict=True)))
+    ball.update(figures.circle(certificate.radius))
     fig.get_subplot(2, 1).yaxis.title.text = f"share of {n:,} votes"
-    fig.layout.meta = {
-        "n": n, "alpha": certificate.alpha, "sigma": certificate.sigma, "radius": certificate.radius
-    }  # fmt: skip
-
-
-def _circle(radius: float) -> tuple[np.ndarray, np.ndarray]:
-    turn = np.linspace(0, 2 * np.pi, 121)
-    return radius * np.cos(turn), radius * np.sin(turn)
-
-
-def _add_captions(fig: go.Figure, captions: Sequence[str]) -> None:
-    for position, caption in enumerate(captions, start=1):
-        box = fig.get_subplot(1, position)
-        box.xaxis.update(visible=False, fixedrange=True, constrain="domain")
-        box.yaxis.update(visible=False, fixedrange=True, autorange="reversed")
-        box.yaxis.update(scaleanchor=box.xaxis.plotly_name.replace("axis", ""), constrain="domain")
-        fig.add_annotation(
-            text=caption, x=sum(box.xaxis.domain) / 2, y=box.yaxis.domain[1], xref="paper", yref="paper",
-            xanchor="center", yanchor="bottom", showarrow=False, font={"size": 13},
-        )  # fmt: skip
+    fig.layout.meta = {"n": n, **{name: getattr(certificate, name) for name in ("alpha", "sigma", "radius")}}
 
 
 def _add_ball(fig: go.Figure, certificate: Certificate, distances: Distances, *, col: int) -> None:
     """Seen from the image: the ball, and at their true distance a typical noise and the nearest images."""
     colour = figures.sigma_colour(certificate.sigma)
-    x, y = _circle(certificate.radius)
     fig.add_scatter(
-        x=x, y=y, mode="lines", fill="toself", fillcolor=colour, opacity=0.45, line={"color": colour, "width": 2},
-        name="certified ball", hoverinfo="name", row=2, col=col,
+        **figures.circle(certificate.radius), mode="lines", fill="toself", fillcolor=colour, opacity=0.45,
+        line={"color": colour, "width": 2}, name="certified ball", hoverinfo="name", row=2, col=col,
     )  # fmt: skip
     marks = [  # at angles that keep the labels apart
         ("the image", 0.0, 0.0, "cross-thin", "bottom center"),
@@ -170,9 +153,9 @@ def _add_ball(fig: go.Figure, certificate: Certificate, distances: Distances, *,
         )  # fmt: skip
     farthest = max(d for d in (certificate.radius, *dataclasses.astuple(distances)) if not math.isnan(d))
     fig.update_xaxes(title_text=figures.RADIUS_AXIS, range=[-0.42 * farthest, 1.32 * farthest], row=2, col=col)
-    box = fig.get_subplot(2, col)
     tall = max(certificate.radius, 0.95 * farthest)  # room for the labels
-    box.yaxis.update(scaleanchor=box.xaxis.plotly_name.replace("axis", ""), visible=False, range=[-tall, tall])
+    fig.update_yaxes(visible=False, range=[-tall, tall], row=2, col=col)
+    figures.equal_scale(fig.get_subplot(2, col))
 
 
 class ImagePanel(Panel):
@@ -184,8 +167,12 @@ class ImagePanel(Panel):
     images : data.Images
     radii : DataFrame, optional
         A certificate table (idx, radius): the pictures offered are then its shortest and longest radii.
-    image, sigma, n0, n, alpha, seed : the settings
-        `image` counts within `images`. `n` is where sampling ends unless it is stopped.
+    image : int, counted within `images`
+    sigma : float, noise level, pixel units on [0, 1]
+    alpha : float in (0, 1), failure probability of the certificate
+    n : int, estimation samples at which sampling ends unless it is stopped
+    n0 : int, samples to select the class
+    seed : int, of the noise
     """
 
     image = traitlets.Int(0).tag(setting=True)
@@ -195,48 +182,43 @@ class ImagePanel(Panel):
     n0 = traitlets.Int(100, min=1).tag(setting=True)
     seed = traitlets.Int(0, min=0).tag(setting=True)
 
-    def __init__(self, base_classifier, images: Images, radii=None, **settings) -> None:
+    def __init__(
+        self,
+        base_classifier: Callable[[Tensor], Tensor],
+        images: Images,
+        radii: pd.DataFrame | None = None,
+        *,
+        image: int = 0,
+        sigma: float = 0.25,
+        alpha: float = 0.001,
+        n: int = 2_000,
+        n0: int = 100,
+        seed: int = 0,
+    ) -> None:
         self.base_classifier, self.images = base_classifier, images
         self._others, self._labels = images.batch(0, min(len(images), 2_000)).numpy(), np.asarray(images.labels)[:2_000]
         self._offered = _offered(images, radii)
         self._fresh()
-        super().__init__(**settings)
-
-    @traitlets.validate("image")
-    def _valid_image(self, proposal: dict) -> int:
-        if not 0 <= proposal["value"] < len(self.images):
-            raise traitlets.TraitError(f"image must lie in 0..{len(self.images) - 1}, got {proposal['value']}")
-        return proposal["value"]
+        super().__init__(dict(image=image, sigma=sigma, alpha=alpha, n=n, n0=n0, seed=seed))
 
     def controls(self) -> Sequence[widgets.Widget]:
-        wide = {"description_width": "4em"}
         names = [(f"image {i}: {self._name(int(self.images.labels[i]))}{text}", i) for i, text in self._offered]
-        self.picker = widgets.Dropdown(
-            options=[(f"image {self.image}", self.image), *names], description="pick", style=wide
-        )
-        self.number = linked(
-            self,
-            "image",
-            widgets.BoundedIntText(
-                min=0, max=len(self.images) - 1, description="image", style=wide, layout={"width": "12em"}
-            ),
-        )
+        here = (f"image {self.image}", self.image)
+        self.picker = widgets.Dropdown(options=[here, *names], description="pick", style=LABEL)
         self.picker.observe(self._picked, "value")
-        self.sigma_slider = linked(
-            self, "sigma", widgets.FloatSlider(min=0.02, max=2.0, step=0.01, description="sigma", style=wide,
-                                               value=self.sigma, continuous_update=False),
-        )  # fmt: skip
-        self.n_number = linked(
-            self,
-            "n",
-            widgets.BoundedIntText(
-                min=PIECE, max=1_000_000, step=PIECE, description="n", style=wide, layout={"width": "13em"}
-            ),
+        number = widgets.BoundedIntText(
+            min=0, max=len(self.images) - 1, description="image", style=LABEL, layout={"width": "12em"}
         )
-        self.alpha_control = AlphaControl(self)
+        sigma = widgets.FloatSlider(
+            value=self.sigma, min=0.02, max=2.0, step=0.01, description="sigma", continuous_update=False, style=LABEL
+        )
+        n = widgets.BoundedIntText(
+            min=PIECE, max=1_000_000, step=PIECE, description="n", style=LABEL, layout={"width": "13em"}
+        )
+        self.number, self.n_number = linked(self, "image", number), linked(self, "n", n)
+        self.sigma_slider, self.alpha_control = linked(self, "sigma", sigma), AlphaControl(self)
         self.job = Job("Sample", self._sample, self.complain)
-        gallery = widgets.HTML("".join(self._offer(i, text) for i, text in self._offered))
-        gallery.layout = widgets.Layout(overflow="auto")
+        gallery = widgets.HTML("".join(self._offer(i, text) for i, text in self._offered), layout={"overflow": "auto"})
         return [
             gallery,
             row(self.picker, self.number, self.n_number),
@@ -256,7 +238,7 @@ class ImagePanel(Panel):
     @traitlets.observe("image", "sigma", "seed", "n0")
     def _fresh(self, _change: object = None) -> None:
         """Other votes than those at hand belong to another image, sigma or seed."""
-        if hasattr(self, "job"):
+        if self.job is not None:
             self.job.stop()
         self._votes: tuple[Votes, Votes] | None = None
         self._shown = self._drawn = None
@@ -269,8 +251,9 @@ class ImagePanel(Panel):
         selection, estimation = self._votes or (Votes(np.zeros(classes, int), 0), Votes(np.zeros(classes, int), 0))
         names = [self._name(c) for c in range(classes)]
         certificate = certificate_so_far(
-            selection, estimation, sigma=self.sigma, alpha=self.alpha, noise=self._noise(), class_names=names
-        )
+            selection, estimation, sigma=self.sigma, alpha=self.alpha, noise=str(NoiseForm(self.images.grid)),
+            class_names=names,
+        )  # fmt: skip
         votes = dict(counts=estimation.counts, n=estimation.n, class_names=names, certificate=certificate)
         if self._drawn is None:
             self._drawn = image_figure(
@@ -281,10 +264,9 @@ class ImagePanel(Panel):
         label = html.escape(self._name(int(self.images.labels[self.image])))
         about = f"Image {self.image}, a “{label}”, at sigma = {self.sigma:g}, alpha = {self.alpha:.3g}"
         self._drawn.layout.title.text = about
-        fig = self._drawn
-        return fig, note(self._sentence(certificate))
+        return self._drawn, note(self._sentence(certificate))
 
-    def _look(self, image: torch.Tensor) -> tuple:
+    def _look(self, image: Tensor) -> tuple:
         """Copies for looking, what the base classifier says of them, and the distances around the image."""
         copies = noisy_copies(
             image, sigma=self.sigma, seed=self.seed, purpose=Purpose.PILOT, image_id=self.images.ids[self.image],
@@ -293,15 +275,8 @@ class ImagePanel(Panel):
         with torch.inference_mode():
             logits = self.base_classifier(copies)
         label = int(self.images.labels[self.image])
-        return (
-            copies,
-            logits.argmax(1).tolist(),
-            distances_from(image.numpy(), label, self._others, self._labels, self.sigma),
-            logits.shape[1],
-        )
-
-    def _noise(self) -> str:
-        return "float" if self.images.grid is None else f"grid:{self.images.grid}"
+        distances = distances_from(image.numpy(), label, self._others, self._labels, self.sigma)
+        return copies, logits.argmax(1).tolist(), distances, logits.shape[1]
 
     def _sentence(self, certificate: Certificate) -> str:
         if certificate.n == 0:
@@ -309,18 +284,13 @@ class ImagePanel(Panel):
         said = html.escape(certificate.sentence())
         return f"{said} The bound holds at every moment of sampling, so it may be read and stopped at any time."
 
-    def settle(self) -> None:
-        self.job.wait()
-
-    # --- sampling, on a thread of its own ---
-
     def _sample(self, job: Job) -> None:
         """Votes in pieces, each added and drawn; another image or sigma meanwhile ends it."""
         with self.lock:
             image, sigma, n0, n, seed = self.image, self.sigma, self.n0, self.n, self.seed
             only = self.images.take(f"range:{image}:{image + 1}")
             self._votes = None
-        stream = VoteStream(self.base_classifier, only, sigma=sigma, seed=seed, grid=self.images.grid, compile=False)
+        stream = VoteStream(self.base_classifier, only, sigma=sigma, seed=seed, compile=False)
         selection = Votes(next(stream.run([Task(0, Purpose.SELECT, 0, n0)]))[1], n0)
         estimation = Votes(np.zeros_like(selection.counts), 0)
         for start in range(0, n, PIECE):
@@ -338,11 +308,11 @@ class ImagePanel(Panel):
         self.refresh()
 
 
-def _offered(images: Images, radii) -> list[tuple[int, str]]:
+def _offered(images: Images, radii: pd.DataFrame | None) -> list[tuple[int, str]]:
     """Images to pick and what is said of them: the shortest and longest radii, or simply the first."""
     if radii is None:
         return [(i, "") for i in range(min(2 * CHOICES, len(images)))]
     place = {int(index): i for i, index in enumerate(images.index)}
     known = radii[radii["idx"].isin(place)].sort_values("radius", kind="stable")
     ends = known if len(known) <= 2 * CHOICES else known.iloc[[*range(CHOICES), *range(-CHOICES, 0)]]
-    return [(place[int(r.idx)], f", radius {math.floor(r.radius * 100) / 100:.2f}") for r in ends.itertuples()]
+    return [(place[int(r.idx)], f", radius {round_down(r.radius, 2)}") for r in ends.itertuples()]

@@ -13,9 +13,9 @@ import plotly.graph_objects as go
 import traitlets
 
 from smoothbook import figures
-from smoothbook.panels.base import Panel, linked, note, row
+from smoothbook.panels.base import LABEL, Panel, linked, note, row
 from smoothbook.sigma.memory import CASES, RULES, Answer, Memory
-from smoothkit.types import ABSTAIN
+from smoothkit.types import ABSTAIN, round_down
 
 WIDTH, HEIGHT, CELL = 6.0, 4.0, 0.05  # of the plane, and of what can be clicked
 ORDERS = ("as asked", "reversed")
@@ -46,11 +46,11 @@ def memory_figure(questions: Sequence[Question], answers: Sequence[Answer], *, t
     fig = go.Figure(_background(questions, answers))
     for number, (q, a) in enumerate(zip(questions, answers, strict=True), start=1):
         if a.computed != ABSTAIN and (a.case == 2 or a.computed_radius != a.radius):
-            fig.add_scatter(
-                **_circle(q, a.computed_radius), line={"color": _COLOURS[a.computed], "dash": "dot", "width": 1.5}
-            )
+            look = {"color": _COLOURS[a.computed], "dash": "dot", "width": 1.5}
+            fig.add_scatter(**figures.circle(a.computed_radius, q.x, q.y), line=look, mode="lines", hoverinfo="skip")
         if a.predicted != ABSTAIN:
-            fig.add_scatter(**_circle(q, a.radius), line={"color": _COLOURS[a.predicted], "width": 2})
+            look = {"color": _COLOURS[a.predicted], "width": 2}
+            fig.add_scatter(**figures.circle(a.radius, q.x, q.y), line=look, mode="lines", hoverinfo="skip")
         fig.add_scatter(
             x=[q.x], y=[q.y], mode="markers+text", text=[str(number)], textposition="top center",
             marker={"size": 9, "color": _COLOURS[a.predicted], "symbol": "circle" if a.case not in (2, 4) else "x"},
@@ -76,14 +76,9 @@ def _background(questions: Sequence[Question], answers: Sequence[Answer]) -> go.
     )  # fmt: skip
 
 
-def _circle(q: Question, radius: float) -> dict:
-    t = np.linspace(0, 2 * np.pi, 91)
-    return {"x": q.x + radius * np.cos(t), "y": q.y + radius * np.sin(t), "mode": "lines", "hoverinfo": "skip"}
-
-
 def _sentence(number: int, q: Question, a: Answer) -> str:
-    computed = NAMES[a.computed] + (f" {a.computed_radius:.2f}" if a.computed != ABSTAIN else "")
-    answered = NAMES[a.predicted] + (f" {a.radius:.2f}" if a.predicted != ABSTAIN else "")
+    computed = NAMES[a.computed] + (f" {round_down(a.computed_radius)}" if a.computed != ABSTAIN else "")
+    answered = NAMES[a.predicted] + (f" {round_down(a.radius)}" if a.predicted != ABSTAIN else "")
     return f"{number}: computed {computed}, answered {answered} ({CASES[a.case]})"
 
 
@@ -93,7 +88,8 @@ class MemoryPanel(Panel):
     Parameters
     ----------
     questions : sequence of (x, y, label, radius)
-        Asked so far, in this order; label 0 (A), 1 (B) or -1 (no answer, radius 0).
+        Asked so far, in this order; label 0 (A), 1 (B) or -1 (no answer, radius 0). Lengths are those of the plane,
+        which is WIDTH by HEIGHT.
     label, radius : int and float
         What the next click computes.
     rule : one of `sigma.memory.RULES`
@@ -107,8 +103,16 @@ class MemoryPanel(Panel):
     rule = traitlets.Enum(RULES, default_value=RULES[0]).tag(setting=True)
     order = traitlets.Enum(ORDERS, default_value=ORDERS[0]).tag(setting=True)
 
-    def __init__(self, questions: Sequence[Sequence[float]] = (), **settings) -> None:
-        super().__init__(questions=tuple(questions), **settings)
+    def __init__(
+        self,
+        questions: Sequence[Sequence[float]] = (),
+        *,
+        label: int = 0,
+        radius: float = 0.8,
+        rule: str = RULES[0],
+        order: str = ORDERS[0],
+    ) -> None:
+        super().__init__(dict(questions=tuple(questions), label=label, radius=radius, rule=rule, order=order))
         self.live.on_click(self.ask)
 
     @traitlets.validate("questions")
@@ -136,22 +140,16 @@ class MemoryPanel(Panel):
         self.questions = ()
 
     def controls(self) -> Sequence[widgets.Widget]:
-        wide = {"description_width": "4em"}
-        labels = linked(
-            self,
-            "label",
-            widgets.ToggleButtons(
-                options=list(LABELS.items()), description="answer", style={**wide, "button_width": "6em"}
-            ),
-        )
-        slider = widgets.FloatSlider(value=self.radius, min=0.05, max=3, step=0.05, description="radius", style=wide)
-        rule = widgets.Dropdown(options=RULES, description="rule", style=wide, layout={"width": "16em"})
-        order = widgets.ToggleButtons(options=ORDERS, description="asked", style={**wide, "button_width": "6em"})
+        narrow = {**LABEL, "button_width": "6em"}
+        labels = widgets.ToggleButtons(options=list(LABELS.items()), description="answer", style=narrow)
+        slider = widgets.FloatSlider(value=self.radius, min=0.05, max=3, step=0.05, description="radius", style=LABEL)
+        rule = widgets.Dropdown(options=RULES, description="rule", style=LABEL, layout={"width": "16em"})
+        order = widgets.ToggleButtons(options=ORDERS, description="asked", style=narrow)
         self.undo_button, self.clear_button = widgets.Button(description="Undo"), widgets.Button(description="Clear")
         self.undo_button.on_click(self.undo)
         self.clear_button.on_click(self.clear)
         return [
-            row(labels, linked(self, "radius", slider)),
+            row(linked(self, "label", labels), linked(self, "radius", slider)),
             row(linked(self, "order", order), linked(self, "rule", rule), self.undo_button, self.clear_button),
         ]
 
@@ -163,7 +161,7 @@ class MemoryPanel(Panel):
         asked = self.asked()
         answers = replay(asked, rule=self.rule)
         fig = memory_figure(asked, answers, title=f"{len(asked)} questions, {self.order}")
-        fig.layout.meta = {name: getattr(self, name) for name in ("label", "radius", "rule", "order")}
+        fig.layout.meta = self.chosen("label", "radius", "rule", "order")
         lines = "<br>".join(_sentence(i, q, a) for i, (q, a) in enumerate(zip(asked, answers, strict=True), start=1))
         return fig, note(lines or "Click into the plane to ask.")
 

@@ -113,5 +113,5 @@ def test_a_case_is_a_file(tmp_path):
 def test_settings_are_checked(half_space, patches, patch_record):
     with pytest.raises(traitlets.TraitError, match="n must be a block edge, one of 100, 1,000; got 300"):
         AttackPanel(half_space, patches, patch_record, n=300)
-    with pytest.raises(TypeError, match="no setting 'radius'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'radius'"):
         AttackPanel(half_space, patches, patch_record, radius=1)

@@ -1,6 +1,8 @@
 """What panels share: a figure that is its own state, errors in place, work that can be stopped."""
 
 import gzip
+import inspect
+import re
 import threading
 
 import ipywidgets as widgets
@@ -8,18 +10,31 @@ import plotly.graph_objects as go
 import pytest
 import traitlets
 
-from smoothbook.panels import base
-from smoothbook.panels.base import EdgeControl, Job, LiveFigure, Panel
+from smoothbook.panels import base, live
+from smoothbook.panels.attack import AttackPanel
+from smoothbook.panels.base import AlphaControl, EdgeControl, Panel
+from smoothbook.panels.compare import ComparePanel
+from smoothbook.panels.curve import CurvePanel
 from smoothbook.panels.explorer import Explorer
+from smoothbook.panels.image import ImagePanel
+from smoothbook.panels.job import Job
+from smoothbook.panels.live import LiveFigure
+from smoothbook.panels.memory import MemoryPanel
+from smoothbook.panels.slice import SlicePanel
 
 
 class Line(Panel):
     alpha = traitlets.Float(0.1).tag(setting=True)
+    n = traitlets.Int(1000).tag(setting=True)
     slope = traitlets.Float(1.0).tag(setting=True)
+    edges = (100, 1000, 10_000)
+
+    def __init__(self, *, alpha=0.1, slope=1.0):
+        super().__init__(dict(alpha=alpha, slope=slope))
 
     def controls(self):
-        self.alpha_control = base.AlphaControl(self)
-        return [self.alpha_control]
+        self.alpha_control, self.n_control = AlphaControl(self), EdgeControl(self)
+        return [self.alpha_control, self.n_control]
 
     def draw(self):
         if self.slope < 0:
@@ -39,8 +54,15 @@ def test_a_live_figure_is_its_own_state():
 def test_plotly_goes_to_the_page_once():
     first, second = LiveFigure(), LiveFigure()
     assert len(first._esm) < 10_000 and first._esm == second._esm
-    packed = base._library().packed
-    assert base._library() is base._library() and len(packed) < 2_000_000 < len(gzip.decompress(packed))
+    packed = live.plotly_library().packed
+    assert live.plotly_library() is live.plotly_library() and len(packed) < 2_000_000 < len(gzip.decompress(packed))
+
+
+def test_a_figure_brings_its_script_and_its_style():
+    """Files beside the module: a wheel that lacks one would show a path, or nothing."""
+    state = LiveFigure().get_state()
+    assert "async render" in state["_esm"] and ".smoothkit-note" in state["_css"]
+    assert "initialize" in live.plotly_library().get_state()["_esm"]
 
 
 def test_clicks_and_boxes_reach_python():
@@ -58,11 +80,16 @@ def test_a_setting_moves_the_figure():
     assert panel.figure.data[0].y == (0, 3.0) and panel.live.drawn == 2 and "rising" in panel.words
 
 
-def test_unknown_settings_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"Line has no setting 'slpoe'; did you mean 'slope'\? it has alpha, slope"):
-        Line(slpoe=1)
-    with pytest.raises(TypeError, match="Explorer has no setting 'panel'"):
-        Explorer({"line": Line}, panel="line")
+@pytest.mark.parametrize("panel", [CurvePanel, ComparePanel, ImagePanel, SlicePanel, AttackPanel, MemoryPanel])
+def test_a_panel_takes_its_settings_by_name(panel):
+    """A reader's `?` shows all of them, with the defaults of the traits; a misspelt one is Python's own error."""
+    given = inspect.signature(panel).parameters
+    assert not [p.name for p in given.values() if p.kind is p.VAR_KEYWORD]
+    traits = panel.class_traits(setting=True)
+    assert set(traits) <= set(given)
+    for name, trait in traits.items():
+        assert given[name].default in (trait.default_value, trait.default(), None), name
+        assert re.search(rf"^    [\w, ]*\b{name}\b[\w, ]* : ", panel.__doc__, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 95])
@@ -99,13 +126,18 @@ def test_alpha_can_be_typed_to_any_value():
 
 
 def test_n_stops_at_edges():
-    control = EdgeControl([100, 1000, 10_000], 1000)
+    panel = Line()
+    control = panel.n_control
     control.number.value = 9_999
-    assert control.value == control.number.value == control.slider.value == 1000
+    assert panel.n == control.number.value == control.slider.value == 1000
     control.number.value = 10_000
-    assert control.value == control.slider.value == 10_000
+    assert panel.n == control.slider.value == 10_000
     control.slider.value = 100
-    assert control.value == control.number.value == 100
+    assert panel.n == control.number.value == 100
+    panel.n = 1000
+    assert control.slider.value == control.number.value == 1000
+    with pytest.raises(traitlets.TraitError, match="n must be a block edge, one of 100, 1,000, 10,000; got 9,999"):
+        panel.n = 9_999
 
 
 def test_changes_from_many_threads_end_in_one_state():

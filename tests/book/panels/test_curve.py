@@ -14,7 +14,6 @@ from smoothbook.panels.curve import (
     Counts,
     CurvePanel,
     brushed,
-    certificate_table,
     curve_figure,
     curve_frames,
     read_counts,
@@ -33,7 +32,7 @@ def record(kept):
 def test_certificates_from_counts_are_those_of_the_record(record, alpha, n):
     counts = read_counts(record)
     assert counts.edges == (100, 1000, 10_000) and counts.sigma == 0.5
-    mine = certificate_table(counts, alpha=alpha, n=n)
+    mine = counts.certificates(alpha=alpha, n=n)
     theirs = certificates(record, alpha=alpha, n=n)
     pd.testing.assert_frame_equal(mine, theirs[mine.columns.to_list()], check_dtype=False)
 
@@ -118,7 +117,7 @@ def many(images=10_000, n=100_000) -> Counts:
 
 
 def test_many_images_are_drawn_with_fewer_steps_and_never_above():
-    table = certificate_table(many(), alpha=0.001, n=100_000)
+    table = many().certificates(alpha=0.001, n=100_000)
     trace = curve_figure({0.5: table}, alpha=0.001, n=100_000).data[0]
     exact = figures.certified_accuracy_points({0.5: table})
     assert len(trace.x) <= STEPS < len(exact)
@@ -134,7 +133,7 @@ def test_frames_hold_the_curve_of_each_alpha(record):
     fig = curve_frames({0.5: counts}, n=1000, alphas=(0.5, 0.001))
     assert [frame.name for frame in fig.frames] == ["0.5", "0.001"] and fig.layout.sliders[0].active == 1
     for frame in fig.frames:
-        exact = figures.certified_accuracy_points({0.5: certificate_table(counts, alpha=float(frame.name), n=1000)})
+        exact = figures.certified_accuracy_points({0.5: counts.certificates(alpha=float(frame.name), n=1000)})
         assert np.array_equal(frame.data[0].y, exact["certified_accuracy"])
     assert fig.layout.xaxis.range[1] >= max(fig.frames[0].data[0].x)
     assert len(json.loads(fig.to_json())["frames"]) == 2 and isinstance(fig, go.Figure)

@@ -124,7 +124,7 @@ def test_a_broken_classifier_is_told_in_the_panel(half_space, patches):
 def test_settings_are_checked(half_space, patches):
     with pytest.raises(traitlets.TraitError, match=r"image must lie in 0..7, got 8"):
         ImagePanel(half_space, patches, image=8)
-    with pytest.raises(TypeError, match="no setting 'samples'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'samples'"):
         ImagePanel(half_space, patches, samples=3)
     colour = data.from_arrays(np_images(), np.arange(3) % 2, class_names=("a", "b"))
     panel = ImagePanel(lambda x: x.flatten(1)[:, :2], colour, sigma=0.1)
