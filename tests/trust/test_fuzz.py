@@ -8,10 +8,9 @@ import re
 import types
 from pathlib import Path
 
-import fuzz_inputs
-import fuzz_methods
 import pytest
 from fuzz_logs import difference, fuzz_logs
+from properties import PROPERTIES, ROOMS, TRIED, inputs
 from results import read
 
 from smoothkit import data, models
@@ -34,11 +33,11 @@ def test_the_fuzzer_would_notice(monkeypatch, tmp_path):
     assert "instead of" in difference(log, tmp_path / "log")[1]
 
 
-@pytest.mark.parametrize("name", [name for name in fuzz_inputs.PROPERTIES if name != "command_lines"])
+@pytest.mark.parametrize("name", [name for name in PROPERTIES if name != "command_lines"])
 def test_properties_of_public_functions(name):
-    before = fuzz_inputs.TRIED[name]
-    fuzz_inputs.PROPERTIES[name](8)  # raises where the property does not hold
-    assert fuzz_inputs.TRIED[name] > before
+    before = TRIED[name]
+    PROPERTIES[name](8)  # raises where the property does not hold
+    assert TRIED[name] > before
 
 
 # --- what is public, and has a property ---
@@ -99,7 +98,7 @@ def _look_up(module: str, name: str):
 
 def test_every_public_callable_is_exercised_by_a_property():
     used = set()
-    for module in (fuzz_inputs, fuzz_methods):
+    for module in (*ROOMS, inputs):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             used |= (
                 {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
@@ -112,9 +111,9 @@ def test_every_public_callable_is_exercised_by_a_property():
 
 
 def test_command_lines():
-    before = fuzz_inputs.TRIED["command_lines"]
-    fuzz_inputs.PROPERTIES["command_lines"](15)
-    assert fuzz_inputs.TRIED["command_lines"] >= before + 5
+    before = TRIED["command_lines"]
+    PROPERTIES["command_lines"](15)
+    assert TRIED["command_lines"] >= before + 5
 
 
 class Trap:
@@ -172,5 +171,5 @@ def fuzz_record(path):
 def test_the_kept_result():
     kept = read("fuzz")
     assert kept["silent_errors"] == 0 and kept["logs"]["tried"] >= 100_000 and not kept["logs_read_wrongly"]
-    assert {p["property"] for p in kept["properties"]} == set(fuzz_inputs.PROPERTIES)
+    assert {p["property"] for p in kept["properties"]} == set(PROPERTIES)
     assert all(p["tried"] and not p["problem"] for p in kept["properties"])
