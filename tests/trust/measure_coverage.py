@@ -190,9 +190,8 @@ def through_the_engine(images: int, alpha: float = 0.05, n: int = 300) -> list[d
         found = certificates(record)
         false = (found["predict"] == 1) & (found["radius"] > d) | (found["predict"] == 0)
         rows.append(judged("fixed, through the engine", name, alpha, images, int(false.sum())))
-    selector = SmoothedSelector(
-        HalfSpace(1, edge), (0.1, SIGMA), SIGMA, alpha=alpha / 2, n0=20, n=n, how=dict(seed=1, progress=False, **how)
-    )
+    smoothed = Smoothed(HalfSpace(1, edge), SIGMA, **how)
+    selector = SmoothedSelector(smoothed, (0.1, SIGMA), alpha=alpha / 2, n0=20, n=n, seed=1, progress=False)
     found = sound_certificates(HalfSpace(0, edge), selector, shown, n0=20, n=n, alpha=alpha, progress=False, **how)
     # two statements, that sigma stays and that the class does: alpha is paid for both together
     false = (found["sigma_radius"] > distance) | (found["class_radius"] > distance) | (found["predict"] == 0)

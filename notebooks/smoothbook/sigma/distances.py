@@ -4,12 +4,13 @@ Distances are taken by explicit differences in float64. The shortcut |x|² + |y|
 digits between near images: 21% for float32 images of 3,072 values that are 0.055 apart.
 """
 
+import math
 from fractions import Fraction
 
 import numpy as np
 
 VALUES_AT_ONCE = 2**20  # of a difference: what stays in the cache
-_TO_INTEGERS = 2.0**149  # every float32 is a whole multiple of 2**-149
+_whole_numbers = np.frompyfunc(int, 1, 1)  # of Python, which have no largest one
 
 
 def squared_distances(x: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -33,16 +34,24 @@ def distances(x: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def relative_error(num_values: int) -> float:
     """A bound on the relative error of a distance of `num_values` differences, whatever the order of the sum.
 
-    Each square is wrong by 3u at most, the sum of d of them by (d - 1) u more, the root halves this and adds u, with
-    u = 2**-53; this is over four times that, to cover the multiplication by 1 - error and terms of second order.
+    With u = 2**-53 each square is wrong by 3u at most, and the sum of d of them by (d - 1) u more; the root halves this
+    and adds u; `1 - error` and the product with it add 2u. That is (d / 2 + 4) u, and this is four times as much.
     """
     return (num_values + 8) * 2.0**-52
 
 
 def exact_squared_distance(x: np.ndarray, y: np.ndarray) -> Fraction:
-    """|x - y|² of float32 vectors, without rounding."""
-    a, b = ([int(v) for v in (z.astype(np.float64) * _TO_INTEGERS).tolist()] for z in (x, y))
-    return Fraction(sum((p - q) ** 2 for p, q in zip(a, b, strict=True)), 2**298)
+    """|x - y|² of float32 vectors [d] without rounding: each of their values is a whole multiple of 2**-149."""
+    a, b = (_whole_numbers(v.astype(np.float64) * 2.0**149) for v in (x, y))
+    return Fraction(int((a - b) @ (a - b)), 2**298)
+
+
+def root_below(square: Fraction) -> float:
+    """The square root of a number of at least 0: never above it, two floats below at most, the same on every machine."""
+    root = math.sqrt(square)  # of the nearest float
+    while Fraction(root) ** 2 > square:
+        root = math.nextafter(root, 0.0)
+    return root
 
 
 def inside(x: np.ndarray, points: np.ndarray, radii: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -51,15 +60,6 @@ def inside(x: np.ndarray, points: np.ndarray, radii: np.ndarray, low: np.ndarray
     for i in np.flatnonzero((low < radii) & ~answer):
         answer[i] = exact_squared_distance(x, points[i]) < Fraction(float(radii[i])) ** 2
     return answer
-
-
-def nearest(x: np.ndarray, points: np.ndarray) -> int:
-    """The index of the point nearest to x, decided exactly; the lowest of several at one distance."""
-    low, high = distances(x, points)
-    candidates = np.flatnonzero(low <= high.min())
-    if len(candidates) == 1:
-        return int(candidates[0])
-    return int(min(candidates, key=lambda i: (exact_squared_distance(x, points[i]), i)))
 
 
 class NormFilter:

@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smoothbook.adapters.base import device_of
 from smoothbook.training.attacks import log_mean_softmax, noisy_logits
 from smoothkit import Purpose
 from smoothkit.certify.bounds import lower_bound_table
@@ -56,16 +57,22 @@ class ClampedRadius:
     clamp: float = 0.001
 
     def __post_init__(self) -> None:
-        _check_clamp(self.clamp)
+        if not 0 <= self.clamp < 0.5:
+            raise ValueError(f"clamp must lie in [0, 1/2), as 0.001, got {self.clamp}")
 
     def __call__(self, probabilities: Tensor, c_a: Tensor, sigma: Tensor) -> Tensor:
-        own = probabilities.gather(1, c_a[:, None])[:, 0]
-        others = probabilities.scatter(1, c_a[:, None], -1.0).amax(1)
-        return _two_class(own, others, sigma, self.clamp)
+        # clamp out of place: done in place it would cut the gradients of what is not clamped as well
+        p_a, p_b = (torch.special.ndtri(p.clamp(self.clamp, 1 - self.clamp)) for p in self.pair(probabilities, c_a))
+        return sigma / 2 * (p_a - p_b).to(sigma)
+
+    def pair(self, probabilities: Tensor, c_a: Tensor) -> tuple[Tensor, Tensor]:
+        """p_A and p_B, [B] each."""
+        others = probabilities.scatter(1, c_a[:, None], -1.0)
+        return probabilities.gather(1, c_a[:, None])[:, 0], others.amax(1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ReleasedRadius:
+class ReleasedRadius(ClampedRadius):
     """The same for the two largest probabilities, whichever they are at this step: what the authors' code climbs.
 
     The class can change on the way, so that accuracy at radius 0 can fall: by 2.7 points for Cohen et al.'s training on
@@ -74,14 +81,10 @@ class ReleasedRadius:
 
     clamp: float = 0.02
 
-    def __post_init__(self) -> None:
-        _check_clamp(self.clamp)
-
-    def __call__(self, probabilities: Tensor, c_a: Tensor, sigma: Tensor) -> Tensor:
+    def pair(self, probabilities: Tensor, c_a: Tensor) -> tuple[Tensor, Tensor]:
         if probabilities.shape[1] < 2:
             raise ValueError("the released radius compares two classes, and the base classifier has one")
-        own, others = probabilities.topk(2, dim=1).values.unbind(1)
-        return _two_class(own, others, sigma, self.clamp)
+        return probabilities.topk(2, dim=1).values.unbind(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +118,7 @@ def _quantiles(n: int, alpha: float) -> np.ndarray:
     return table
 
 
-def _two_class(own: Tensor, others: Tensor, sigma: Tensor, clamp: float) -> Tensor:
-    # clamp out of place: done in place it would cut the gradients of what is not clamped as well
-    quantile = torch.special.ndtri
-    return sigma / 2 * (quantile(own.clamp(clamp, 1 - clamp)) - quantile(others.clamp(clamp, 1 - clamp))).to(sigma)
-
-
-def _check_clamp(clamp: float) -> None:
-    if not 0 <= clamp < 0.5:
-        raise ValueError(f"clamp must lie in [0, 1/2), as 0.001, got {clamp}")
-
-
-Objective = ClampedRadius | ReleasedRadius | FiniteSampleRadius
+Objective = ClampedRadius | FiniteSampleRadius
 
 
 # --- the ascent --------------------------------------------------------------------------------------
@@ -176,11 +168,6 @@ class SigmaSearch:
             raise ValueError(f"steps * draws must be at most {GUARD_SAMPLES}, got {self.steps * self.draws}")
 
 
-def released_search(**settings) -> SigmaSearch:
-    """The search as the authors' scripts do it: two largest probabilities, clamp 0.02, plain ascent, no guard."""
-    return SigmaSearch(**{"objective": ReleasedRadius(), "steps": 100, "guard": False, "positive": False} | settings)
-
-
 @dataclasses.dataclass(frozen=True)
 class SigmaChoice:
     """What a search found for B images.
@@ -220,13 +207,16 @@ def ascend(probabilities: Probabilities, sigma0: Tensor, search: SigmaSearch) ->
     ValueError
         If a sigma is not above 0, at the start or, in plain ascent, on the way.
     """
-    _check_sigmas(sigma0)
-    sigma0 = sigma0.detach().clone()
+    if sigma0.ndim != 1 or not sigma0.is_floating_point():
+        raise ValueError(f"sigma0 must be a float tensor [B], got {sigma0.dtype} {tuple(sigma0.shape)}")
+    for s in sigma0.unique().tolist():
+        check_sigma(s)
+    sigma = sigma0 = sigma0.detach().clone()
     with torch.no_grad():
         at_start = probabilities(sigma0, GUARD)
         c_a = at_start.argmax(1)
         before = search.objective(at_start, c_a, sigma0)
-    sigma, trace, climbed = sigma0, [sigma0], []
+    trace, climbed = [sigma0], []
     for step in range(search.steps):
         value, slope = slope_of(search.objective, probabilities, c_a, sigma, step)
         sigma = step_of(sigma, slope, search)
@@ -242,10 +232,8 @@ def ascend(probabilities: Probabilities, sigma0: Tensor, search: SigmaSearch) ->
         raise ValueError(
             f"the ascent left all reason, with sigma {found.tolist()[:3]}; use a smaller step_size or guard=True"
         )
-    numbers = (
-        x.double().cpu().numpy() for x in (found, sigma0, before, after, torch.stack(trace), torch.stack(climbed))
-    )
-    found, sigma0, before, after, trace, climbed = numbers
+    floats = (found, sigma0, before, after, torch.stack(trace), torch.stack(climbed))
+    found, sigma0, before, after, trace, climbed = (x.double().cpu().numpy() for x in floats)
     return SigmaChoice(found, sigma0, c_a.cpu().numpy(), before, after, kept.cpu().numpy(), trace, climbed)
 
 
@@ -271,13 +259,6 @@ def step_of(sigma: Tensor, slope: Tensor, search: SigmaSearch) -> Tensor:
     return sigma
 
 
-def _check_sigmas(sigma0: Tensor) -> None:
-    if sigma0.ndim != 1 or not sigma0.is_floating_point():
-        raise ValueError(f"sigma0 must be a float tensor [B], got {sigma0.dtype} {tuple(sigma0.shape)}")
-    for s in sigma0.unique().tolist():
-        check_sigma(s)
-
-
 # --- images ------------------------------------------------------------------------------------------
 
 
@@ -285,6 +266,63 @@ def soft_probabilities(base_classifier: Callable[[Tensor], Tensor], images: Tens
     """Mean softmax [B, K] over the copies images + sigma z[i], float64; z is [draws, B, C, H, W]."""
     noise = z * sigma.to(z).reshape(1, -1, 1, 1, 1)
     return log_mean_softmax(noisy_logits(base_classifier, images, noise).double()).exp()
+
+
+class PilotNoise:
+    """Standard normals of the engine's pilot samples, for several images at once.
+
+    `noise(start, stop)` is float32 [stop - start, B, *shape] on the device; the values of an image do not depend on
+    its company.
+    """
+
+    def __init__(self, ids: Sequence[int], shape: tuple[int, ...], seed: int, device: torch.device | str) -> None:
+        self.shape, self.seed, self.device = shape, signed_bits(seed), torch.device(device)
+        self._words = torch.tensor([counter_word(Purpose.PILOT, i) for i in ids], device=self.device)
+        self._black = torch.zeros(1, *shape, device=self.device)  # noise on a black image is the noise itself
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        if not 0 <= start <= stop:
+            raise ValueError(f"samples must lie in order from 0 on, got {start} to {stop}")
+        samples = torch.arange(start, stop, device=self.device)
+        words = self._words.repeat(len(samples))
+        rows = torch.stack([torch.zeros_like(words), words, samples.repeat_interleave(len(self._words))])
+        z = torch.empty(len(words), *self.shape, device=self.device)
+        noisy_rows(z, self._black, rows, torch.ones(len(words), device=self.device), self.seed, 0)
+        return z.unflatten(0, (len(samples), len(self._words)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """Soft probabilities of some images: on fresh pilot samples in each step, on the guard's where `step` is GUARD."""
+
+    base_classifier: Callable[[Tensor], Tensor]
+    pixels: Tensor  # [B, C, H, W]
+    noise: PilotNoise
+    search: SigmaSearch
+    batch: int
+
+    def __call__(self, sigma: Tensor, step: int) -> Tensor:
+        if step == GUARD:
+            return self._of_the_guard(sigma)
+        probabilities = self._on(sigma, step * self.search.draws, (step + 1) * self.search.draws)
+        if not probabilities.requires_grad:
+            raise ValueError(
+                "the base classifier passes no gradient, so sigma cannot be searched by ascent; is it a black box, or does "
+                "it run under no_grad?"
+            )
+        return probabilities
+
+    def _of_the_guard(self, sigma: Tensor) -> Tensor:
+        """They need no gradient, and come in pieces of the size of a step."""
+        piece, pilot = max(1, self.batch * self.search.draws // len(self.pixels)), self.search.pilot
+        total = 0.0
+        for low in range(0, pilot, piece):
+            high = min(pilot, low + piece)
+            total = total + (high - low) * self._on(sigma, GUARD_SAMPLES + low, GUARD_SAMPLES + high)
+        return total / pilot
+
+    def _on(self, sigma: Tensor, start: int, stop: int) -> Tensor:
+        return soft_probabilities(self.base_classifier, self.pixels, sigma, self.noise(start, stop))
 
 
 def search_sigma(
@@ -325,82 +363,21 @@ def search_sigma(
     """
     search = SigmaSearch() if search is None else search
     check_samples("batch", batch)
-    device = torch.device(device) if device else _device_of(base_classifier)
-    if isinstance(base_classifier, torch.nn.Module):
+    is_module = isinstance(base_classifier, nn.Module)
+    device = torch.device(device or (device_of(base_classifier) if is_module else "cpu"))
+    if is_module:
         base_classifier.to(device)
     start = np.broadcast_to(np.asarray(sigma0, dtype=np.float64), len(images))
     for s in np.unique(start):
         check_sigma(float(s))
     choices = []
-    with (
-        evaluating(base_classifier),
-        Progress(len(images), "searching sigma", show=progress) as bar,
-    ):
+    with evaluating(base_classifier), Progress(len(images), "searching sigma", show=progress) as bar:
         for low in range(0, len(images), batch):
             high = min(len(images), low + batch)
             pixels = images.batch(low, high).to(device)
             noise = PilotNoise(images.ids[low:high], tuple(pixels.shape[1:]), seed, device)
-
-            def probabilities(sigma: Tensor, step: int, pixels: Tensor = pixels, noise: PilotNoise = noise) -> Tensor:
-                return _sampled(base_classifier, pixels, sigma, step, search, noise, batch)
-
-            choices.append(ascend(probabilities, torch.from_numpy(start[low:high].copy()).to(device), search))
+            sampled = _Sampled(base_classifier, pixels, noise, search, batch)
+            choices.append(ascend(sampled, torch.from_numpy(start[low:high].copy()).to(device), search))
             bar.update(high - low)
-    joined = {
-        f.name: np.concatenate([getattr(c, f.name) for c in choices], axis=-1) for f in dataclasses.fields(SigmaChoice)
-    }
-    return SigmaChoice(**joined)
-
-
-def _sampled(
-    base_classifier, pixels: Tensor, sigma: Tensor, step: int, search: SigmaSearch, noise, batch: int
-) -> Tensor:
-    """Soft probabilities on a step's own pilot samples; the guard's come in pieces, as they need no gradient."""
-    if step != GUARD:
-        z = noise(step * search.draws, (step + 1) * search.draws)
-        probabilities = soft_probabilities(base_classifier, pixels, sigma, z)
-        if not probabilities.requires_grad:
-            raise ValueError(
-                "the base classifier passes no gradient, so sigma cannot be searched by ascent; is it a black box, or does "
-                "it run under no_grad?"
-            )
-        return probabilities
-    pieces = max(1, batch * search.draws // len(pixels))
-    total = 0.0
-    for low in range(0, search.pilot, pieces):
-        high = min(search.pilot, low + pieces)
-        z = noise(GUARD_SAMPLES + low, GUARD_SAMPLES + high)
-        total = total + (high - low) * soft_probabilities(base_classifier, pixels, sigma, z)
-    return total / search.pilot
-
-
-class PilotNoise:
-    """Standard normals of the engine's pilot samples, for several images at once.
-
-    `noise(start, stop)` is float32 [stop - start, B, *shape] on the device; the values of an image do not depend on
-    its company.
-    """
-
-    def __init__(self, ids: Sequence[int], shape: tuple[int, ...], seed: int, device: torch.device | str) -> None:
-        self.shape, self.seed, self.device = shape, signed_bits(seed), torch.device(device)
-        self._words = torch.tensor([counter_word(Purpose.PILOT, i) for i in ids], device=self.device)
-        self._black = torch.zeros(1, *shape, device=self.device)  # noise on a black image is the noise itself
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        if not 0 <= start <= stop:
-            raise ValueError(f"samples must lie in order from 0 on, got {start} to {stop}")
-        samples = torch.arange(start, stop, device=self.device)
-        words = self._words.repeat(len(samples))
-        rows = torch.stack([torch.zeros_like(words), words, samples.repeat_interleave(len(self._words))])
-        z = torch.empty(len(words), *self.shape, device=self.device)
-        noisy_rows(z, self._black, rows, torch.ones(len(words), device=self.device), self.seed, 0)
-        return z.unflatten(0, (len(samples), len(self._words)))
-
-
-def _device_of(base_classifier: Callable) -> torch.device:
-    tensors = (
-        (*base_classifier.parameters(), *base_classifier.buffers())
-        if isinstance(base_classifier, torch.nn.Module)
-        else ()
-    )
-    return next((t.device for t in tensors), torch.device("cpu"))
+    names = [field.name for field in dataclasses.fields(SigmaChoice)]
+    return SigmaChoice(*(np.concatenate([getattr(c, name) for c in choices], axis=-1) for name in names))

@@ -14,8 +14,10 @@ Sun, Mao and Vechev, "Dual Randomized Smoothing", ICLR 2026 (the rule and the sm
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -23,32 +25,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from smoothbook.sigma.certificates import frozen_certificates
-from smoothbook.sigma.distances import nearest, relative_error
-from smoothbook.sigma.sound import by_min_rule
+from smoothbook.sigma.distances import exact_squared_distance, root_below
+from smoothbook.sigma.sound import Choice, by_min_rule, choice_by_votes, places
+from smoothkit.certify import certificates
+from smoothkit.certify.bounds import check_reach
 from smoothkit.data import Images, check_images
-from smoothkit.types import ABSTAIN, check_alpha, check_sigma
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What a selector says about N images.
-
-    Parameters
-    ----------
-    sigma : float64 [N]
-    radius : float64 [N]
-        Sigma is the same for all inputs nearer than this; L2, pixel units.
-    known : bool [N]
-        Whether sigma at the image itself is proved; a selector that abstains proves nothing.
-    alpha : float
-        Chance that any of this is wrong for an image; 0 for geometry.
-    """
-
-    sigma: np.ndarray
-    radius: np.ndarray
-    known: np.ndarray
-    alpha: float
+from smoothkit.sampling.run import collect_votes
+from smoothkit.sampling.smoothed import Smoothed
+from smoothkit.types import NoiseForm, StoppingRule, check_alpha, check_sigma
 
 
 class Selector(Protocol):
@@ -82,46 +66,41 @@ class NearestPrototype:
             raise ValueError(f"sigmas must be one for each of {len(self.points)} prototypes, got {self.sigmas.shape}")
         for s in np.unique(self.sigmas):
             check_sigma(float(s))
+        self._apart = {}
+        for i, j in itertools.combinations(range(len(self.points)), 2):
+            if self.sigmas[i] != self.sigmas[j]:
+                self._apart[i, j] = self._apart[j, i] = exact_squared_distance(self.points[i], self.points[j])
 
     def choose(self, images: Images) -> Choice:
-        answers = [self.at(image) for image in images]
-        sigma, radius = (np.array(x) for x in zip(*answers, strict=True))
-        return Choice(sigma, radius, np.ones(len(answers), dtype=bool), alpha=0.0)
+        sigma, radius = (np.array(x) for x in zip(*map(self.at, images), strict=True))
+        return Choice(sigma, radius, np.ones(len(sigma), dtype=bool), alpha=0.0)
 
     def at(self, image: Tensor) -> tuple[float, float]:
-        """Sigma at an image, decided exactly, and a radius within which it stays; infinite if all sigmas are one.
+        """Sigma at an image and a radius within which it stays; infinite if all sigmas are one.
 
-        The half-space of inputs nearer to prototype i than to j begins at the distance (d_j² - d_i²) / (2 |p_i - p_j|)
-        from x. Sigma stays where, for each j of another sigma, some i of this sigma is nearer: the radius is the
-        smallest over j of the largest over i. With one sigma a prototype it is exact, else not above the exact one.
+        The inputs as near to prototype j as to i lie at the distance (d_j² - d_i²) / (2 |p_i - p_j|) from x, where d are
+        the distances of x. Sigma stays where, for each j of another sigma, some i of this sigma is nearer: the radius is
+        the smallest over j of the largest over i. With one sigma a prototype that is the true one, else not above it.
+
+        It is not above it by a last bit either, nor another one on another machine: squared distances of float32
+        images are fractions without rounding, so sigma and the square of the radius are exact, and `root_below` rounds
+        the radius down.
         """
         if tuple(image.shape) != self.shape:
             raise ValueError(f"image has shape {tuple(image.shape)}, and the prototypes {self.shape}")
         x = image.detach().cpu().float().reshape(-1).numpy()
-        sigma = self.sigmas[nearest(x, self.points)]
-        same = self.sigmas == sigma
-        margins = [
-            max(_margin(x, own, other) for own in self.points[same]) for other in self.points[~same]
-        ]  # negative where rounding hides a tie
-        return float(sigma), max(0.0, min(margins, default=math.inf))
+        squared = [exact_squared_distance(x, p) for p in self.points]
+        sigma = self.sigmas[squared.index(min(squared))]
+        same, others = np.flatnonzero(self.sigmas == sigma), np.flatnonzero(self.sigmas != sigma)
+        if not len(others):
+            return float(sigma), math.inf
+        square = min(max(_signed_square(squared[j] - squared[i], self._apart[i, j]) for i in same) for j in others)
+        return float(sigma), root_below(square)
 
 
-def _margin(x: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
-    """Distance from x to the inputs as near to `other` as to `own`, rounded down; negative beyond; float32 [d] each.
-
-    d_other² - d_own² = (own - other) · (2x - own - other), which needs no difference of squares.
-    """
-    x, own, other = (v.astype(np.float64) for v in (x, own, other))
-    direction, twice = own - other, 2 * x - own - other
-    length = math.sqrt(direction @ direction)
-    if length == 0:
-        return 0.0  # equal prototypes with two sigmas: nothing separates them
-    # what is rounded is of the size of the summands, also where they cancel
-    size = np.abs(direction) @ (2 * np.abs(x) + np.abs(own) + np.abs(other))
-    error = relative_error(len(x))
-    exact_or_less = direction @ twice - error * size
-    margin = exact_or_less / (2 * length)
-    return float(margin * (1 - error) if margin > 0 else margin * (1 + error))
+def _signed_square(difference: Fraction, apart: Fraction) -> Fraction:
+    """The square of difference / (2 sqrt(apart)), negative as the difference; 0 between equal prototypes."""
+    return difference * abs(difference) / (4 * apart) if apart else Fraction(0)
 
 
 # --- a smoothed selector -----------------------------------------------------------------------------
@@ -133,44 +112,37 @@ class SmoothedSelector:
 
     Parameters
     ----------
-    base_selector : callable, images [B, C, H, W] on [0, 1] -> logits [B, len(sigmas)]
+    smoothed : Smoothed
+        Its base classifier has a class for each of the sigmas. The authors take its own noise at least as large as the
+        largest of them, so that R_sigma is not what limits.
     sigmas : the sigmas its classes stand for
-    sigma_e : float
-        Noise of the selector itself; the authors take it at least as large as the largest of the sigmas, so that R_sigma
-        is not what limits.
     alpha : float
         Its failure probability for each image: part of what is paid in all.
     n0, n : int
         Samples to guess a sigma, and to bound its probability.
-    how : dict
-        Settings of `certificates.votes_at`, as seed and batch. At the base classifier's seed it draws the same normals;
-        the shares of alpha are added, so that this does no harm.
+    noise, seed, progress : as in `Smoothed.sample`
+        At the base classifier's seed it draws the same normals; the shares of alpha are added, so this does no harm.
     """
 
-    base_selector: Callable[[Tensor], Tensor]
+    smoothed: Smoothed
     sigmas: tuple[float, ...]
-    sigma_e: float
     alpha: float
     n0: int = 100
     n: int = 10_000
-    how: dict = dataclasses.field(default_factory=dict)
+    noise: str | NoiseForm | None = None
+    seed: int = 0
+    progress: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
-        for s in (*self.sigmas, self.sigma_e):
+        for s in self.sigmas:
             check_sigma(s)
         check_alpha(self.alpha)
 
     def choose(self, images: Images) -> Choice:
-        unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1))  # its classes are sigmas
-        table = frozen_certificates(
-            self.base_selector, unlabelled, self.sigma_e, n0=self.n0, n=self.n, alpha=self.alpha, **self.how
-        )
-        guessed = table["c_a"].to_numpy()
-        if guessed.max() >= len(self.sigmas):
-            raise ValueError(f"the selector has more classes than the {len(self.sigmas)} sigmas given")
-        known = table["predict"].to_numpy() != ABSTAIN
-        return Choice(np.array(self.sigmas)[guessed], table["radius"].to_numpy(), known, self.alpha)
+        unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1), class_names=())  # classes are sigmas
+        how = dict(n0=self.n0, n=self.n, alpha=self.alpha, noise=self.noise, seed=self.seed, progress=self.progress)
+        return choice_by_votes(self.smoothed.sample(unlabelled, **how), self.sigmas, images.ids, alpha=self.alpha)
 
 
 # --- certificates ------------------------------------------------------------------------------------
@@ -184,7 +156,13 @@ def sound_certificates(
     n0: int = 100,
     n: int = 10_000,
     alpha: float = 0.001,
-    **how,
+    noise: str | NoiseForm | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: str = "float32",
+    compile: bool | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Certificates of the one classifier that smooths each input at the selector's sigma.
 
@@ -192,12 +170,12 @@ def sound_certificates(
     ----------
     alpha : float
         Failure probability of each certificate in all; the selector's share is taken off for the class.
-    how : seed, grid, progress, batch, device, precision, compile; see `certificates.votes_at`
+    noise, seed, batch, device, precision, compile, progress : as in `sampling.run.collect_votes`
 
     Returns
     -------
-    DataFrame as `certify.certificates`, with `radius` by the min rule, and `sigma_radius`, `class_radius` and
-    `alpha_class` beside it. Where the selector abstains so does the classifier.
+    DataFrame in the order of the images, as `certify.certificates`, with `radius` by the min rule, and `sigma_radius`,
+    `class_radius` and `alpha_class` beside it. Where the selector abstains so does the classifier.
     """
     check_alpha(alpha)
     choice = selector.choose(images)
@@ -206,8 +184,14 @@ def sound_certificates(
         raise ValueError(
             f"alpha={alpha:g} must be above the selector's share, which is {choice.alpha:g}; half is usual"
         )
-    table = frozen_certificates(base_classifier, images, choice.sigma, n0=n0, n=n, alpha=alpha_class, **how)
-    return by_min_rule(table, choice.radius, choice.known, alpha=alpha)
+    check_reach(n, alpha_class)
+    record = collect_votes(
+        base_classifier, images, sigma=choice.sigma, stopping_rule=StoppingRule(n0=n0, n=n, alpha=alpha_class), noise=noise,
+        seed=seed, batch=batch, device=device, precision=precision, compile=compile, progress=progress,
+    )  # fmt: skip
+    table = certificates(record)
+    table = table.iloc[places(table["image_id"], images.ids, "the record")].reset_index(drop=True)
+    return by_min_rule(table, choice, alpha=alpha)
 
 
 def wanted_of(found: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:

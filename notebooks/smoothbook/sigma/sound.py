@@ -8,7 +8,8 @@ sigma for itself keeps its class within min(R_sigma, R_c). What a selector of a 
     FOLDER/selector/                of a smoothed selector: the record of its own votes, its classes standing for sigmas
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +22,44 @@ from smoothkit.types import ABSTAIN, check_alpha
 GEOMETRY, VOTES = "selector.npz", "selector"
 
 
-def min_rule(sigma_radius: float, class_radius: float) -> float:
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a selector says about N images.
+
+    Parameters
+    ----------
+    sigma : float64 [N]
+    radius : float64 [N]
+        Sigma is the same for all inputs nearer than this; L2, pixel units.
+    known : bool [N]
+        Whether sigma at the image itself is proved; a selector that abstains proves nothing.
+    alpha : float
+        Chance that any of this is wrong for an image; 0 for geometry.
+    """
+
+    sigma: np.ndarray
+    radius: np.ndarray
+    known: np.ndarray
+    alpha: float
+
+
+def min_rule(sigma_radius: float | np.ndarray, class_radius: float | np.ndarray) -> float | np.ndarray:
     """The radius of the input-dependent classifier: within it neither sigma changes nor the class at that sigma."""
     for name, radius in (("sigma_radius", sigma_radius), ("class_radius", class_radius)):
-        if not radius >= 0:
+        if not np.all(np.asarray(radius) >= 0):
             raise ValueError(f"{name} must be at least 0, an L2 radius in pixel units, got {radius}")
-    return min(sigma_radius, class_radius)
+    return np.minimum(sigma_radius, class_radius)
 
 
-def by_min_rule(table: pd.DataFrame, sigma_radius: np.ndarray, known: np.ndarray, *, alpha: float) -> pd.DataFrame:
+def by_min_rule(table: pd.DataFrame, choice: Choice, *, alpha: float) -> pd.DataFrame:
     """Certificates of the input-dependent classifier from those at the chosen sigmas.
 
     Parameters
     ----------
     table : DataFrame
         As `certify.certificates`, at the sigma chosen for each image and the class's share of alpha.
-    sigma_radius, known : float64 [N] and bool [N]
-        Within which radius sigma stays, and whether that is proved; where it is not, the classifier abstains.
+    choice : Choice
+        Of the images of the table, in its order. Where it is not known the classifier abstains.
     alpha : float
         Failure probability in all.
 
@@ -46,19 +68,47 @@ def by_min_rule(table: pd.DataFrame, sigma_radius: np.ndarray, known: np.ndarray
     DataFrame
         With `predict`, `radius`, `correct` and `alpha` made anew; `sigma_radius`, `class_radius`, `alpha_class` are added.
     """
-    class_radius = table["radius"].to_numpy()
-    answered = known & (table["predict"].to_numpy() != ABSTAIN)
-    radius = [min_rule(r, c) if a else 0.0 for r, c, a in zip(sigma_radius, class_radius, answered, strict=True)]
+    answered = choice.known & (table["predict"].to_numpy() != ABSTAIN)
     predict = np.where(answered, table["predict"], ABSTAIN)
     return table.assign(
         predict=predict,
-        radius=radius,
+        radius=np.where(answered, min_rule(choice.radius, table["radius"].to_numpy()), 0.0),
         correct=(predict == table["label"]) & answered,
         alpha=alpha,
-        sigma_radius=np.where(known, sigma_radius, 0.0),
-        class_radius=class_radius,
+        sigma_radius=np.where(choice.known, choice.radius, 0.0),
+        class_radius=table["radius"],
         alpha_class=table["alpha"],
     )
+
+
+def choice_by_votes(votes: Record, sigmas: Sequence[float], ids: Iterable[int], *, alpha: float) -> Choice:
+    """What a smoothed selector says about images: the sigma its top class stands for, and that class's certificate.
+
+    Parameters
+    ----------
+    votes : Record
+        Of the selector's own votes.
+    sigmas : float, one for each of its classes
+    ids : the images, by id
+    alpha : float
+        The selector's failure probability for each image.
+    """
+    if len(sigmas) != votes.num_classes:
+        raise RecordError(
+            f"{votes.path or 'the selector'} has {votes.num_classes} classes, and there are {len(sigmas)} sigmas"
+        )
+    table = certificates(votes, alpha=alpha)
+    table = table.iloc[places(table["image_id"], ids, votes.path or "the selector's votes")]
+    sigma = np.array(sigmas, dtype=np.float64)[table["c_a"]]
+    return Choice(sigma, table["radius"].to_numpy(), table["predict"].to_numpy() != ABSTAIN, alpha)
+
+
+def places(kept: Iterable[int], ids: Iterable[int], where: object) -> np.ndarray:
+    """Where images stand among those kept: int64 [N], by id."""
+    place = {image_id: i for i, image_id in enumerate(kept)}
+    if not set(ids) <= place.keys():
+        raise RecordError(f"{where} lacks images of the record; make the row again")
+    return np.array([place[image_id] for image_id in ids], dtype=np.int64)
 
 
 def keep_geometry(
@@ -111,28 +161,12 @@ def read_sound(folder: str | Path, *, sigmas: Sequence[float] = (), alpha: float
     alpha = record.stopping_rule.alpha if alpha is None else alpha
     check_alpha(alpha)
     if (folder / GEOMETRY).is_file():
-        kept = read_geometry(folder)
-        table = certificates(record, alpha=alpha)
-        radius = dict(zip(kept["image_ids"].tolist(), kept["radius"].tolist(), strict=True))
-        if not set(table["image_id"]) <= radius.keys():
-            raise RecordError(f"{folder / GEOMETRY} lacks images of the record; make the row again")
-        sigma_radius = table["image_id"].map(radius).to_numpy(np.float64)
-        return by_min_rule(table, sigma_radius, np.ones(len(table), dtype=bool), alpha=alpha)
+        kept, table = read_geometry(folder), certificates(record, alpha=alpha)
+        radius = kept["radius"][places(kept["image_ids"].tolist(), table["image_id"], folder / GEOMETRY)]
+        known = np.ones(len(table), dtype=bool)
+        return by_min_rule(table, Choice(table["sigma"].to_numpy(), radius, known, alpha=0.0), alpha=alpha)
     table = certificates(record, alpha=alpha / 2)
-    choice = _smoothed_choice(folder, sigmas, alpha / 2).reindex(table["image_id"])
-    if not np.array_equal(choice["sigma"].to_numpy(), table["sigma"].to_numpy()):
+    choice = choice_by_votes(open_record(folder / VOTES), sigmas, table["image_id"], alpha=alpha / 2)
+    if not np.array_equal(choice.sigma, table["sigma"]):
         raise RecordError(f"{folder}: the votes are not at the sigmas the selector chooses; make the row again")
-    return by_min_rule(table, choice["radius"].to_numpy(), choice["known"].to_numpy(bool), alpha=alpha)
-
-
-def _smoothed_choice(folder: Path, sigmas: Sequence[float], alpha: float) -> pd.DataFrame:
-    selector: Record = open_record(folder / VOTES)
-    table = certificates(selector, alpha=alpha)
-    if len(sigmas) != selector.num_classes:
-        raise RecordError(f"{folder / VOTES} has {selector.num_classes} classes, and there are {len(sigmas)} sigmas")
-    chosen = {
-        "sigma": np.array(sigmas, dtype=np.float64)[table["c_a"]],
-        "radius": table["radius"].to_numpy(),
-        "known": table["predict"].to_numpy() != ABSTAIN,
-    }
-    return pd.DataFrame(chosen, index=table["image_id"].to_numpy())
+    return by_min_rule(table, choice, alpha=alpha)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from smoothbook.sigma.distances import relative_error
 from smoothbook.sigma.selectors import NearestPrototype
 from smoothbook.sigma.sound import GEOMETRY, read_geometry
 from smoothbook.tables.claims import claims
@@ -38,6 +39,11 @@ def test_rows_are_of_the_same_images_noise_and_classifier(table):
 
 
 def test_sound_radii_are_those_of_the_kept_prototypes(digits):
+    """No kept radius is above the true one, which `choose` gives in exact arithmetic, the same on every machine.
+
+    The kept ones were made in float64 on another, and rounded down: by `relative_error` of the sums' size, at most
+    4 sqrt(d) times the distance of two prototypes for d pixels on [0, 1], and of the radius, below sqrt(d), twice.
+    """
     _, folder = open_table("sigma")
     place = {image_id: i for i, image_id in enumerate(digits.ids)}
     found = [path for path in row_folders(folder) if (path / GEOMETRY).is_file()]
@@ -46,7 +52,9 @@ def test_sound_radii_are_those_of_the_kept_prototypes(digits):
         kept = read_geometry(path)
         selector = NearestPrototype(torch.from_numpy(kept["prototypes"]), kept["sigmas"])
         choice = selector.choose(digits.at(np.array([place[i] for i in kept["image_ids"]]), "kept"))
-        assert choice.radius.tolist() == kept["radius"].tolist()
+        pixels = kept["prototypes"][0].size
+        assert (kept["radius"] <= choice.radius).all()
+        assert (kept["radius"] >= choice.radius - 6 * pixels**0.5 * relative_error(pixels)).all()
         (table,) = read_certificates(folder, names=[path.name]).values()
         assert table["sigma"].tolist() == choice.sigma.tolist()
         assert (table["radius"] <= np.minimum(table["sigma_radius"], table["class_radius"])).all()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from properties.inputs import (
     some_of,
     wholes,
 )
-from smoothbook.sigma.certificates import frozen_certificates
-from smoothbook.sigma.distances import distances, exact_squared_distance, inside, nearest
+from smoothbook.sigma.distances import distances, exact_squared_distance, inside
 from smoothbook.sigma.ledger import Ledger
 from smoothbook.sigma.memory import RULES, Memory, settle
 from smoothbook.sigma.reading import accuracy_by_reading, best_of_grid, three_radii, through_memory
@@ -45,10 +45,9 @@ from smoothbook.sigma.search import (
 from smoothbook.sigma.selectors import NearestPrototype, prototypes_by_sigma
 from smoothbook.sigma.sound import min_rule
 from smoothbook.tables.selectors import check_selector, parse_search, parse_table
-from smoothkit.certify import bounds
-from smoothkit.types import (
-    check_sigma,
-)
+from smoothkit.certify import bounds, certificates
+from smoothkit.sampling.run import collect_votes
+from smoothkit.types import StoppingRule, check_sigma
 
 
 @holds(
@@ -59,7 +58,8 @@ from smoothkit.types import (
 )
 def certificates_at_frozen_sigmas(sigma, n, alpha):
     two = patches().take("every:5")
-    table = frozen_certificates(Halves(), two, sigma, n0=10, n=n, alpha=alpha, progress=False, batch=64)
+    rule = StoppingRule(n0=10, n=n, alpha=alpha)
+    table = certificates(collect_votes(Halves(), two, sigma=sigma, stopping_rule=rule, progress=False, batch=64))
     assert (table["radius"] <= [bounds.radius_cap(n, alpha, s) for s in table["sigma"]]).all()
 
 
@@ -220,15 +220,9 @@ def ledgers_of_any_bytes(payloads, content, damaged):
 def distances_are_never_too_generous(x, points, radii):
     low, high = distances(x, points)
     exact = [exact_squared_distance(x, p) for p in points]
-    assert all(
-        float(a) ** 2 <= e * (1 + 1e-12) and e <= float(b) ** 2 * (1 + 1e-12)
-        for a, e, b in zip(low, exact, high, strict=True)
-    )
+    assert all(Fraction(a) ** 2 <= e <= Fraction(b) ** 2 for a, e, b in zip(low, exact, high, strict=True))
     held = inside(x, points, radii, low, high)
-    from fractions import Fraction
-
     assert held.tolist() == [e < Fraction(float(r)) ** 2 for e, r in zip(exact, radii, strict=True)]
-    assert exact[nearest(x, points)] == min(exact)
 
 
 @holds(
