@@ -9,6 +9,7 @@ from smoothkit.records.format import (
     RecordError,
     Row,
     has_checksum,
+    read_json,
     write_atomically,
 )
 from smoothkit.records.record import Record, create_record, open_record
@@ -16,5 +17,5 @@ from smoothkit.records.share import compact, merge, pack
 
 __all__ = [
     "BLOCK_KEY", "ESTIMATE", "PER_IMAGE", "SELECT", "Identity", "Record", "RecordError", "Row", "compact", "create_record",
-    "has_checksum", "merge", "open_record", "pack", "write_atomically",
+    "has_checksum", "merge", "open_record", "pack", "read_json", "write_atomically",
 ]  # fmt: skip

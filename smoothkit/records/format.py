@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -36,13 +37,66 @@ _SCHEMA = pa.schema(
 _WITH_SIGMA = _SCHEMA.append(pa.field("sigma", pa.float64()))  # of a record with a sigma for each image
 
 
+COPY, ANEW = "restore it from a copy", "move it away and run again: its votes are sampled anew, the same"
+
+
 class RecordError(ValueError):
     """A record that cannot be used as it is; the message says what to do."""
 
 
+def read_json(
+    path: str | os.PathLike, error: type[ValueError] = RecordError, remedy: str = COPY, **needed: type | UnionType
+) -> dict[str, Any]:
+    """The JSON object that a file of ours holds; the one reader of them all.
+
+    Parameters
+    ----------
+    path : path
+    error : what is raised about damage
+    remedy : what to do then, in words
+    needed : types by the names that must be there; a Boolean is no number
+
+    Raises
+    ------
+    error
+        For bytes that are no UTF-8, text that is no JSON (NaN and Infinity are none), another value than an object, a name
+        that is missing or of another type. It names the file.
+    OSError
+        As of any file that cannot be opened.
+    """
+    return parse_json(Path(path).read_bytes(), str(path), error, remedy, **needed)
+
+
+def parse_json(
+    content: bytes, where: str, error: type[ValueError] = RecordError, remedy: str = COPY, **needed: type | UnionType
+) -> dict[str, Any]:
+    """The same for bytes that were read from somewhere else."""
+    try:
+        found = json.loads(content.decode(), parse_constant=_refuse_constant)
+        if not isinstance(found, dict):
+            raise ValueError(f"no names and values, but {str(found)[:60]!r}")
+        for name, kind in needed.items():
+            if name not in found:
+                raise ValueError(f"it lacks {name!r}")
+            if not isinstance(found[name], kind) or (isinstance(found[name], bool) and kind is not bool):
+                raise ValueError(f"{name!r} is {str(found[name])[:60]!r}")
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where} cannot be read ({problem}); {remedy}") from None
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What must agree for votes to belong to one record."""
+    """What must agree for votes to belong to one record.
+
+    A base classifier is known by its `fingerprint` (structure and weights) and by its `probe`: what it answers on fixed
+    rows, in which everything counts that a fingerprint does not see. Records of earlier versions have no probe; an empty
+    one agrees with any.
+    """
 
     dataset: str
     split: str
@@ -55,19 +109,47 @@ class Identity:
     noise: str  # "grid:255" or "float"
     precision: str
     stopping_rule: StoppingRule
+    probe: str = ""  # see `models.base.probe`
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Identity":
-        return cls(**{**fields, "stopping_rule": StoppingRule(**fields["stopping_rule"])})
+        """What was written as JSON.
+
+        Raises
+        ------
+        TypeError, KeyError, ValueError
+            For names that are missing or unknown, and values of another type.
+        """
+        made = cls(**{**fields, "stopping_rule": StoppingRule(**fields["stopping_rule"])})
+        for field in dataclasses.fields(cls):
+            value = getattr(made, field.name)
+            kind = field.type | int if field.name == "sigma" else field.type
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{field.name} is {value!r}")
+        return made
 
     def differences(self, other: "Identity") -> list[str]:
         """Names and values that differ; a model is known by its fingerprint, whatever it is called."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [
-            f"{name} {theirs[name]!r} instead of {mine[name]!r}"
-            for name in mine
-            if name != "model" and mine[name] != theirs[name]
-        ]
+        odd = [name for name in mine if name not in ("model", "probe") and mine[name] != theirs[name]]
+        found = [f"{name} {theirs[name]!r} instead of {mine[name]!r}" for name in odd]
+        if "fingerprint" not in odd and not same_probe(self.probe, other.probe):
+            found.append(
+                "a base classifier of the same structure and weights that answers otherwise (another setting?)"
+            )
+        return found
+
+
+PROBE_APART = 1e-3  # of the largest number of a probe; machines differ in the last bits, classifiers in the first
+
+
+def same_probe(mine: str, theirs: str) -> bool:
+    """Whether two probes are answers of one classifier, as far as they say; an empty one agrees with any."""
+    if not mine or not theirs:
+        return True
+    a, b = ([float(number) for number in probe.split()] for probe in (mine, theirs))
+    largest = max(map(abs, [*a, *b]))
+    return len(a) == len(b) and all(abs(x - y) <= PROBE_APART * largest or x == y for x, y in zip(a, b, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +169,25 @@ class Row:
 
 
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
+    """A part's rows; a byte that changed anywhere may be no text, no number, no length: all of it is damage."""
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (OSError, pa.ArrowException) as error:
-        raise RecordError(
-            f"{path} is damaged ({str(error).splitlines()[0][:120]}); move it away and run again: its votes are sampled anew, the same"
-        ) from None
+        columns = table.column_names
+        stated = (table.schema.metadata or {}).get(CHECKSUM.encode())
+        fits = stated in (None, _checksum(table).encode())
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); {ANEW}") from None
     if not table.schema.equals(schema):
-        raise RecordError(f"{path} is no part of a vote record: its columns are {', '.join(table.column_names)}")
-    stated = (table.schema.metadata or {}).get(CHECKSUM.encode())
-    if stated is not None and stated.decode() != _checksum(table):
-        raise RecordError(
-            f"{path} is damaged (its rows do not fit their checksum); move it away and run again: its votes are sampled anew, the same"
-        )
+        raise RecordError(f"{path} is no part of a vote record: its columns are {', '.join(columns)}; {ANEW}")
+    if not fits:
+        raise RecordError(f"{path} is damaged (its rows do not fit their checksum); {ANEW}")
+    return _complete(table, path)
+
+
+def _complete(table: pa.Table, path: Path) -> pa.Table:
+    gaps = [name for name in table.column_names if table[name].null_count]
+    if gaps:
+        raise RecordError(f"{path} is damaged (rows lack {', '.join(gaps)}); {ANEW}")
     return table
 
 
@@ -142,8 +230,8 @@ class Journal:
             return
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        line = json.dumps({"row": vars(row), "provenance": provenance})
-        whole = f"{_digest_of_line(line)} {line}\n".encode()
+        line = json.dumps({"row": vars(row), "provenance": provenance}).encode()
+        whole = b"%s %s\n" % (_digest_of_line(line), line)
         if os.write(self._file, whole) != len(whole):
             raise OSError(f"{self.path} could not be written whole; is the disk full?")
 
@@ -155,8 +243,8 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-def _digest_of_line(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()[:16]
+def _digest_of_line(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest()[:16].encode()
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -174,13 +262,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines):
         digest, _, text = line.partition(b" ")
-        if digest != _digest_of_line(text.decode(errors="replace")).encode():
+        if digest != _digest_of_line(text):
             if number < len(lines) - 1:
-                raise RecordError(
-                    f"{path} is damaged at line {number + 1}; move it away and run again: its votes are sampled anew, the same"
-                )
+                raise RecordError(f"{path} is damaged at line {number + 1}; {ANEW}")
             break
-        found.append(json.loads(text))
+        found.append(parse_json(text, f"{path}, line {number + 1}", remedy=ANEW, row=dict, provenance=dict))
     return found
 
 

@@ -33,8 +33,10 @@ import pyarrow.parquet as pq
 from smoothkit.records.format import (
     _SCHEMA,
     _WITH_SIGMA,
+    ANEW,
     BLOCK_KEY,
     CHECKSUM,
+    COPY,
     ESTIMATE,
     FORMAT,
     IDENTITY,
@@ -46,12 +48,15 @@ from smoothkit.records.format import (
     RecordError,
     Row,
     _checksum,
+    _complete,
     _digest_of_description,
     _read_part,
+    parse_json,
     read_journal,
+    read_json,
     write_atomically,
 )
-from smoothkit.types import block_edges
+from smoothkit.types import StoppingRule, block_edges
 
 
 class Record:
@@ -60,14 +65,28 @@ class Record:
     def __init__(self, path: Path | None, identity: Identity, class_names: tuple[str, ...] = ()) -> None:
         self.path, self.identity, self.class_names = path, identity, tuple(class_names)
         self._memory: list[Row] = []
+        self._memory_made: list[dict[str, Any]] = []
 
-    sigma = property(lambda self: self.identity.sigma)
-    stopping_rule = property(lambda self: self.identity.stopping_rule)
-    num_classes = property(lambda self: self.identity.num_classes)
-    per_image = property(
-        lambda self: self.identity.sigma == PER_IMAGE, doc="Whether each image has a sigma of its own."
-    )
-    _schema = property(lambda self: _WITH_SIGMA if self.per_image else _SCHEMA)
+    @property
+    def sigma(self) -> float | str:
+        return self.identity.sigma
+
+    @property
+    def stopping_rule(self) -> StoppingRule:
+        return self.identity.stopping_rule
+
+    @property
+    def num_classes(self) -> int:
+        return self.identity.num_classes
+
+    @property
+    def per_image(self) -> bool:
+        """Whether each image has a sigma of its own."""
+        return self.sigma == PER_IMAGE
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return _WITH_SIGMA if self.per_image else _SCHEMA
 
     def __repr__(self) -> str:
         where = self.path if self.path else "in memory"
@@ -99,6 +118,7 @@ class Record:
             raise RecordError(f"{self._name()}: rows must say a sigma if, and only if, the record's is {PER_IMAGE!r}")
         if self.path is None:
             self._memory.extend(rows)
+            self._memory_made += [provenance] if provenance else []
             return
         table = pa.Table.from_pylist([vars(row) for row in rows], schema=self._schema)
         about = {PROVENANCE: json.dumps(provenance), IDENTITY: json.dumps(dataclasses.asdict(self.identity))}
@@ -125,8 +145,12 @@ class Record:
 
     def provenance(self) -> list[dict[str, Any]]:
         """Device, versions and compute batch of each part."""
-        of_parts = [json.loads(self.read_part(p).schema.metadata[PROVENANCE.encode()]) for p in self.parts()]
-        return of_parts + [line["provenance"] for p in self.journals() for line in read_journal(p)[-1:]]
+        of_parts = [
+            parse_json((self.read_part(p).schema.metadata or {}).get(PROVENANCE.encode(), b""), str(p), remedy=ANEW)
+            for p in self.parts()
+        ]
+        of_journals = [line["provenance"] for p in self.journals() for line in read_journal(p)[-1:]]
+        return of_parts + of_journals + self._memory_made
 
     def journals(self) -> list[Path]:
         return [] if self.path is None else sorted((self.path / "parts").glob("journal-*.jsonl"))
@@ -135,7 +159,9 @@ class Record:
         """A part's rows; refuses one that is damaged or belongs to another record."""
         table = _read_part(path, self._schema)
         known = (table.schema.metadata or {}).get(IDENTITY.encode())
-        differences = self.identity.differences(Identity.from_json(json.loads(known))) if known else []
+        if known is None:  # written by the first version
+            return table
+        differences = self.identity.differences(_identity(parse_json(known, str(path), remedy=ANEW), str(path), ANEW))
         if differences:
             raise RecordError(
                 f"{path} belongs to another record, or run.json is not the one it was written under: it has "
@@ -143,8 +169,15 @@ class Record:
             )
         return table
 
+    def _read_journal(self, path: Path) -> pa.Table:
+        lines = [line["row"] for line in read_journal(path)]
+        try:
+            return _complete(pa.Table.from_pylist(lines, schema=self._schema), path)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise RecordError(f"{path} is damaged ({str(error).splitlines()[0]}); {ANEW}") from None
+
     def sampled(self) -> str:
-        """When the last part was written, UTC; empty where no part says (older parts, or a record in memory)."""
+        """When the last part was written, UTC; empty where no part says (older parts)."""
         return max((p["time"] for p in self.provenance() if "time" in p), default="")
 
     def rows(self) -> pd.DataFrame:
@@ -158,14 +191,10 @@ class Record:
         if self.path is None:
             frame = pd.DataFrame([dataclasses.asdict(row) for row in self._memory], columns=self._schema.names)
         else:
-            journals = [line["row"] for p in self.journals() for line in read_journal(p)]  # first: they become parts
-            tables = [self.read_part(p) for p in self.parts()]
-            tables += [pa.Table.from_pylist(journals, schema=self._schema)] if journals else []
-            frame = (
-                pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pandas()
-                if tables
-                else pd.DataFrame(columns=self._schema.names)
-            )
+            tables = [self._read_journal(p) for p in self.journals()]  # first: they become parts
+            tables += [self.read_part(p) for p in self.parts()]
+            tables = [self._schema.empty_table(), *(t.replace_schema_metadata() for t in tables)]
+            frame = pa.concat_tables(tables).to_pandas()
         frame["counts"] = [tuple(int(c) for c in counts) for counts in frame["counts"]]
         wrong = frame[
             [
@@ -311,16 +340,19 @@ def open_record(path: str | os.PathLike) -> Record:
         raise RecordError(
             f"{path} is no vote record: it has no run.json; records are made by `smoothkit certify --out FOLDER`"
         )
-    try:
-        about = json.loads((path / "run.json").read_text())
-        known = about["format"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path / 'run.json'} cannot be read ({error}); restore it from a copy") from None
+    known = read_json(path / "run.json", format=int)["format"]
     if known != FORMAT:
-        raise RecordError(f"{path} has record format {known}, this version reads {FORMAT}; update smoothkit")
+        raise RecordError(
+            f"{path / 'run.json'} has record format {known}, this version reads {FORMAT}; update smoothkit, or {COPY}"
+        )
+    about = read_json(path / "run.json", identity=dict, class_names=list)
     if about.get("sha256", _digest_of_description(about)) != _digest_of_description(about):
-        raise RecordError(f"{path / 'run.json'} does not fit its checksum; restore it from a copy")
+        raise RecordError(f"{path / 'run.json'} does not fit its checksum; {COPY}")
+    return Record(path, _identity(about["identity"], str(path / "run.json"), COPY), tuple(about["class_names"]))
+
+
+def _identity(fields: dict[str, Any], where: str, remedy: str) -> Identity:
     try:
-        return Record(path, Identity.from_json(about["identity"]), tuple(about["class_names"]))
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"{path / 'run.json'} lacks a field ({error}); restore it from a copy") from None
+        return Identity.from_json(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"the identity in {where} cannot be read ({error}); {remedy}") from None

@@ -138,7 +138,7 @@ def test_folders_that_are_no_records(tmp_path):
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ('{"format": 99}', "format 99"),
-        ('{"format": 1}', "lacks a field"),
+        ('{"format": 1}', "lacks .identity"),
     ],
 )
 def test_damaged_descriptions(record, text, match):

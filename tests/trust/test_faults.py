@@ -22,7 +22,7 @@ def test_the_harness_notices_what_is_lost(tmp_path, monkeypatch):
     from inject_faults import Bench, certify, counts
 
     bench = Bench(tmp_path, seed=0)
-    monkeypatch.setattr(format, "_digest_of_line", lambda line: "0" * 16)
+    monkeypatch.setattr(format, "_digest_of_line", lambda line: b"0" * 16)
 
     def forged(bench, out):
         writer = certify(bench.folder / "source")  # a journal as a killed run leaves it, with one vote moved
