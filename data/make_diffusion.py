@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from smoothbook.denoise import DenoisedClassifier, DiffusionDenoiser, alphas_bar_of, load_diffusion, psnr
 from smoothbook.training import crop_and_flip
-from smoothbook.training.common import check_identity, fill, find_checkpoint, write_checkpoint
+from smoothbook.training.checkpoint import check_identity, fill, read_checkpoint, write_checkpoint
 from smoothbook.training.fit import rate_factor
 from smoothkit import Smoothed, data, models
 from smoothkit.certify import cascade_certificates, certificates
@@ -141,11 +140,10 @@ def train(name: str, steps: int, out: Path, device: str) -> tuple[torch.nn.Modul
         average.update_parameters(unet)
         done, seconds = step + 1, time.perf_counter() - began
         if done % CHECKPOINT == 0 or done == steps:
-            tensors = {
-                "weights": unet.state_dict(), "average": average.state_dict(), "draws": {"state": generator.get_state()}
-            }  # fmt: skip
-            state = {"step": done, "seconds": seconds, "identity": identity}
-            write_checkpoint(out, tensors, optimizer.state_dict(), state)
+            write_checkpoint(out, {
+                "step": done, "seconds": seconds, "identity": identity, "weights": unet.state_dict(),
+                "average": average.state_dict(), "optimizer": optimizer.state_dict(), "draws": generator.get_state(),
+            })  # fmt: skip
         if done % 500 == 0 or done == steps:
             seen = denoising_psnr(average.module, scheduler, recipe, *recipe.validation)
             print(f"  step {done}: loss {loss.item():.4f}, validation PSNR {seen}, {seconds:.0f} s", flush=True)
@@ -155,17 +153,16 @@ def train(name: str, steps: int, out: Path, device: str) -> tuple[torch.nn.Modul
 
 def restored(out: Path, identity: dict, unet, average, optimizer, generator) -> tuple[int, float]:
     """Take up the training kept in `out`, if there is one; the steps done and the seconds they took."""
-    found = find_checkpoint(out)
-    if found is None:
+    kept = read_checkpoint(out)
+    if kept is None:
         return 0, 0.0
-    state = json.loads((found / "state.json").read_text())
-    check_identity(state["identity"], identity, out)
-    fill(unet.state_dict(), load_file(found / "weights.safetensors"), found)
-    fill(average.state_dict(), load_file(found / "average.safetensors"), found)
-    optimizer.load_state_dict(torch.load(found / "optimiser.pt", weights_only=True))
-    generator.set_state(load_file(found / "draws.safetensors")["state"])
-    print(f"  going on from step {state['step']}", flush=True)
-    return state["step"], state["seconds"]
+    check_identity(kept["identity"], identity, out)
+    fill(unet.state_dict(), kept["weights"], out)
+    fill(average.state_dict(), kept["average"], out)
+    optimizer.load_state_dict(kept["optimizer"])
+    generator.set_state(kept["draws"])
+    print(f"  going on from step {kept['step']}", flush=True)
+    return kept["step"], kept["seconds"]
 
 
 @torch.inference_mode()

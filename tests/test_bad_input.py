@@ -1,5 +1,6 @@
 """Bad input to training and adapters that no test of one module covers: clear errors, and nothing is lost."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -7,7 +8,8 @@ import timm
 import torch
 
 from smoothbook import adapters
-from smoothbook.training import SPSA, TrainingDiverged, fit, fit_gradient_free
+from smoothbook.training import SPSA, FitSettings, GradientFreeSettings, TrainingDiverged, fit, fit_gradient_free
+from smoothbook.training.checkpoint import read_checkpoint
 from smoothkit import Smoothed, data, models
 from smoothkit.certify import certificates
 from smoothkit.records import open_record
@@ -58,16 +60,17 @@ def test_weights_of_another_architecture(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_stays(base, images, tmp_path):
-    settings = dict(epochs=1, batch=32, validation=None, progress=False, out=tmp_path)
-    fit(adapters.lora(base, rank=2), images, **settings)
-    kept = (tmp_path / "checkpoint" / "state.json").read_bytes()
+    settings = FitSettings(epochs=1, batch=32, validation=None, progress=False, out=tmp_path)
+    resumed = dataclasses.replace(settings, resume=True)
+    fit(adapters.lora(base, rank=2), images, settings)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
     other = adapters.lora(base, rank=4)
     with pytest.raises(ValueError, match=r"is of another run: trained was \{.*\}, now \{"):
-        fit(other, images, **settings, resume=True)
+        fit(other, images, resumed)
     with pytest.raises(ValueError, match=r"is of another run: frozen was '.*', now '"):
-        fit(adapters.lora(models.load("starter:digits-vit-0.25"), rank=2), images, **settings, resume=True)
-    assert (tmp_path / "checkpoint" / "state.json").read_bytes() == kept
-    again = fit(adapters.lora(base, rank=2), images, **settings, resume=True)
+        fit(adapters.lora(models.load("starter:digits-vit-0.25"), rank=2), images, resumed)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    again = fit(adapters.lora(base, rank=2), images, resumed)
     assert again.steps == 2
 
 
@@ -109,13 +112,13 @@ def test_a_box_that_turns_to_nan_stops_and_the_last_checkpoint_goes_on(base, ima
     def fresh():
         return adapters.coordinator(box, base, image_shape=(1, 8, 8), cube=20, model_id="ill")
 
-    settings = dict(
+    settings = GradientFreeSettings(
         steps=6, batch=32, spsa=SPSA(per=per, repeats=1), report_every=2, progress=False, out=tmp_path, resume=True
     )
     with pytest.raises(TrainingDiverged, match=r"the loss is nan at step 4, after 224 queries"):
-        fit_gradient_free(fresh(), images, **settings)
+        fit_gradient_free(fresh(), images, settings)
     bad = False
-    learned = fit_gradient_free(fresh(), images, **settings)
+    learned = fit_gradient_free(fresh(), images, settings)
     assert [row["step"] for row in learned.rows] == [2, 4, 6]
     assert learned.model.queries == 2 * 6 * 32  # the steps after the checkpoint are asked again, and counted once
 
@@ -129,6 +132,7 @@ def test_answers_that_change_their_kind_in_training(base, images, tmp_path):
         return base(x) if len(asked) < 4 else base(x).softmax(1)
 
     model = adapters.coordinator(box, base, image_shape=(1, 8, 8), cube=20, model_id="updated")
+    settings = GradientFreeSettings(steps=4, batch=32, spsa=SPSA(repeats=1), progress=False, out=tmp_path)
     with pytest.raises(adapters.BlackBoxError, match="seems to return probabilities"):
-        fit_gradient_free(model, images, steps=4, batch=32, spsa=SPSA(repeats=1), progress=False, out=tmp_path)
-    assert '"step": 1' in (tmp_path / "checkpoint" / "state.json").read_text()
+        fit_gradient_free(model, images, settings)
+    assert read_checkpoint(tmp_path)["step"] == 1

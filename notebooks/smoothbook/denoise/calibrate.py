@@ -15,6 +15,7 @@ Jeong and Shin, "Multi-scale Diffusion Denoised Smoothing", NeurIPS 2023. arXiv:
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from torch.nn import functional as F
 from smoothbook.adapters.base import device_of
 from smoothbook.denoise.chain import DenoisedClassifier
 from smoothbook.denoise.diffusion import DiffusionDenoiser, schedule_sigmas
-from smoothbook.training.common import Fitted
-from smoothbook.training.fit import fit
+from smoothbook.training.fit import FitSettings, fit
 from smoothbook.training.losses import Terms
+from smoothbook.training.run import Fitted, Rows
 from smoothbook.training.schedules import Grid
 from smoothkit.data import Images
 
@@ -119,11 +120,11 @@ def calibrate(
     denoiser: DiffusionDenoiser,
     classifier: nn.Module,
     images: Images,
+    settings: FitSettings | None = None,
     *,
     sigmas: tuple[float, ...],
     loss: Calibration | None = None,
-    lr: float = 5e-5,
-    **settings,
+    on_epoch: Callable[[Rows], None] | None = None,
 ) -> Fitted:
     """Fine-tune the diffusion model of a denoiser, in place, for one classifier and several noise levels.
 
@@ -138,9 +139,12 @@ def calibrate(
         Labelled training images.
     sigmas : floats, pixel units
         Scales of the cascade; each batch has equally many images of each.
+    settings : FitSettings, optional
+        Its loss and schedule are replaced; `FitSettings(lr=5e-5, validation=None)` if not given: `fit` validates at one
+        timestep for all sigmas.
     loss : Calibration, optional
-    lr, settings
-        As in `training.fit`. There is no validation unless asked for: `fit` validates at one timestep for all sigmas.
+    on_epoch
+        As in `training.fit`.
 
     Returns
     -------
@@ -155,15 +159,10 @@ def calibrate(
         soft.unet.requires_grad_(True)
     frozen = copy.deepcopy(classifier).requires_grad_(False).eval().to(device_of(denoiser))
     try:
-        settings = {"validation": None, **settings}
-        done = fit(
-            DenoisedClassifier(soft, frozen),
-            images,
-            loss=loss or Calibration(),
-            schedule=Grid(tuple(sigmas)),
-            lr=lr,
-            **settings,
+        settings = dataclasses.replace(
+            settings or FitSettings(lr=5e-5, validation=None), loss=loss or Calibration(), schedule=Grid(tuple(sigmas))
         )
+        done = fit(DenoisedClassifier(soft, frozen), images, settings, on_epoch=on_epoch)
     finally:
         for name, p in denoiser.unet.named_parameters():
             p.requires_grad_(before[name])

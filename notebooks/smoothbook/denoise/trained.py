@@ -13,7 +13,7 @@ other classifiers, the surrogates, stand in for it.
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from smoothbook.adapters.base import device_of, seeded
 from smoothbook.denoise.chain import DenoisedClassifier, Denoiser
 from smoothbook.settings import check_keywords
-from smoothbook.training.common import Fitted
-from smoothbook.training.fit import fit
+from smoothbook.training.fit import FitSettings, fit
 from smoothbook.training.losses import Terms
+from smoothbook.training.run import Fitted, Rows
 from smoothkit.data import Images
 from smoothkit.types import check_sigma
 
@@ -158,13 +158,14 @@ class Denoising:
 def fit_denoiser(
     denoiser: Denoiser,
     images: Images,
+    settings: FitSettings | None = None,
     *,
     objective: str = "mse",
     classifier: nn.Module | None = None,
     surrogates: Sequence[nn.Module] = (),
     copies: int = 1,
     mse: dict | None = None,
-    **settings,
+    on_epoch: Callable[[Rows], None] | None = None,
 ) -> Fitted:
     """Train a denoiser in place, at its own noise level, in front of a classifier that is not trained.
 
@@ -173,6 +174,9 @@ def fit_denoiser(
     denoiser : Denoiser, with a sigma, whose parameters have `requires_grad`
     images : Images
         Training images. Labels are used by `classification` alone; images without labels do for the others.
+    settings : FitSettings, optional
+        All but the loss and the schedule. With `out`, the two parts of `stability-after-mse` keep their checkpoints in
+        `out/mse` and `out/stability`.
     objective : `mse`, `stability`, `classification` or `stability-after-mse`
     classifier : nn.Module, optional
         The classifier to be defended. A frozen copy is used: for the loss, unless there are surrogates, and for the
@@ -183,9 +187,8 @@ def fit_denoiser(
         Noisy copies of each image in a batch.
     mse : dict, optional
         For `stability-after-mse`: settings of the first training where they differ, as dict(epochs=50, lr=1e-3).
-    settings
-        epochs, batch, lr, augment, seed, out and whatever else `training.fit` takes but the loss and the schedule. With
-        `out`, the two parts of `stability-after-mse` keep their checkpoints in `out/mse` and `out/stability`.
+    on_epoch
+        As in `training.fit`.
 
     Returns
     -------
@@ -201,8 +204,9 @@ def fit_denoiser(
         raise ValueError(f"{denoiser.name} has no sigma to be trained for")
     if objective not in (*OBJECTIVES, AFTER):
         raise ValueError(f"objective must be one of {', '.join((*OBJECTIVES, AFTER))}, got {objective!r}")
+    settings, plain = settings or FitSettings(), FitSettings()
     for given in ("loss", "schedule"):
-        if given in settings:
+        if getattr(settings, given) != getattr(plain, given):
             raise ValueError(f"{given} is set by the objective and the denoiser's sigma; leave it out")
     if objective != "mse" and classifier is None and not surrogates:
         raise ValueError(f"the objective {objective!r} needs classifier= or surrogates=")
@@ -212,15 +216,14 @@ def fit_denoiser(
     if unlabelled:  # `fit` wants labels, these losses do not look at them
         images = dataclasses.replace(images, labels=images.labels * 0)
     if objective == AFTER:
-        out = settings.pop("out", None)
-        parts = {"mse": {**settings, **(mse or {})}, "stability": settings}
-        if out is not None:
-            parts = {name: {**part, "out": Path(out) / name} for name, part in parts.items()}
-        shared = dict(classifier=classifier, surrogates=surrogates, copies=copies)
-        first = fit_denoiser(denoiser, images, objective="mse", **shared, **parts["mse"])
+        parts = {"mse": dataclasses.replace(settings, **(mse or {})), "stability": settings}
+        if settings.out is not None:
+            parts = {o: dataclasses.replace(part, out=Path(settings.out) / o) for o, part in parts.items()}
+        shared = dict(classifier=classifier, surrogates=surrogates, copies=copies, on_epoch=on_epoch)
+        first = fit_denoiser(denoiser, images, parts["mse"], objective="mse", **shared)
         if first.interrupted:
             return first
-        then = fit_denoiser(denoiser, images, objective="stability", **shared, **parts["stability"])
+        then = fit_denoiser(denoiser, images, parts["stability"], objective="stability", **shared)
         rows = [{"objective": o, **row} for o, done in (("mse", first), ("stability", then)) for row in done.rows]
         return dataclasses.replace(
             then, rows=rows, steps=first.steps + then.steps, seconds=first.seconds + then.seconds
@@ -232,7 +235,8 @@ def fit_denoiser(
     device = device_of(denoiser)
     loss = Denoising(objective, tuple(_frozen(s).to(device) for s in surrogates), copies)
     model = DenoisedClassifier(denoiser, _frozen(told).to(device), name=denoiser.name)
-    done = fit(model, images, loss=loss, schedule=denoiser.sigma, **settings)
+    settings = dataclasses.replace(settings, loss=loss, schedule=denoiser.sigma)
+    done = fit(model, images, settings, on_epoch=on_epoch)
     tells = not (unlabelled or isinstance(told, _NoAnswer))
     rows = done.rows if tells else [{k: v for k, v in row.items() if k in _WITHOUT_LABELS} for row in done.rows]
     return dataclasses.replace(done, model=denoiser.eval(), rows=rows)

@@ -8,6 +8,7 @@ trained; `calibration` are the weights of `Calibration`, and `sigmas` the noise 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from smoothbook.denoise.chain import DenoisedClassifier, Denoiser
 from smoothbook.denoise.diffusion import load_diffusion
 from smoothbook.denoise.trained import AFTER, OBJECTIVES, DnCNN, fit_denoiser
 from smoothbook.settings import check_keywords, check_type
-from smoothbook.training.common import Fitted
+from smoothbook.training import FitSettings, Fitted
 from smoothkit.data import Images
 from smoothkit.types import check_sigma
 
@@ -96,20 +97,25 @@ def put_lora(unet: torch.nn.Module, *, rank: int, seed: int = 0) -> torch.nn.Mod
     return unet
 
 
-def train_denoiser(model: DenoisedClassifier, images: Images, settings: dict[str, Any], **how) -> Fitted:
+def train_denoiser(
+    model: DenoisedClassifier, images: Images, settings: dict[str, Any], how: FitSettings, on_epoch: Callable | None
+) -> Fitted:
     """Train the denoiser of a DenoisedClassifier by its settings, in place.
 
-    `how` goes to `training.fit`. The classifier stays; in `Fitted`, `model` is the whole chain.
+    `how` and `on_epoch` go to `training.fit`. The classifier stays; in `Fitted`, `model` is the whole chain.
     """
     if "dncnn" in settings:
-        more = {"mse": settings["mse"]} if "mse" in settings else {}
         objective = settings.get("objective", "mse")
-        done = fit_denoiser(model.denoiser, images, objective=objective, classifier=model.classifier, **more, **how)
+        done = fit_denoiser(
+            model.denoiser, images, how, objective=objective, classifier=model.classifier, mse=settings.get("mse"),
+            on_epoch=on_epoch,
+        )  # fmt: skip
         return dataclasses.replace(done, model=model.eval())
     sigmas = tuple(settings["sigmas"])
     # one training serves all sigmas; what is told apart by sigma, the timestep, must not get into its checkpoint
     shared = model.denoiser.at(min(sigmas))
     done = calibrate(
-        shared, model.classifier, images, sigmas=sigmas, loss=Calibration(**settings["calibration"]), **how
-    )
+        shared, model.classifier, images, how, sigmas=sigmas, loss=Calibration(**settings["calibration"]),
+        on_epoch=on_epoch,
+    )  # fmt: skip
     return dataclasses.replace(done, model=model.eval())

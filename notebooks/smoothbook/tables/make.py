@@ -152,34 +152,32 @@ def train_row(
     training.Fitted
         With `model` in eval mode.
     """
+    from smoothbook import training
     from smoothbook.adapters import trainable
-    from smoothbook.training import SPSA, Fitted, crop_and_flip, fit, fit_gradient_free
 
     model = build(row, base, image_shape=tuple(images_train[0].shape), trained=trained)
     if device is not None:
         model.to(device)
     if not trainable(model).trained:
-        return Fitted(model, [], trainable(model), 0, 0.0, False, None)
+        return training.Fitted(model, [], trainable(model), 0, 0.0, False, None)
     if row.train_images != "all":
         images_train = images_train.take(row.train_images)
     shared = dict(
-        schedule=_schedule(row), batch=row.batch, augment=crop_and_flip if row.crop_and_flip else None,
+        schedule=_schedule(row), batch=row.batch, augment=training.crop_and_flip if row.crop_and_flip else None,
         validation=row.validation or None, seed=row.seed, out=out, resume=out is not None, progress=progress,
     )  # fmt: skip
     if row.method == "coordinator":
-        return fit_gradient_free(
-            model, images_train, steps=row.steps, spsa=SPSA(**row.spsa), on_report=on_epoch, **shared
-        )
+        how = training.GradientFreeSettings(steps=row.steps, spsa=training.SPSA(**row.spsa), **shared)
+        return training.fit_gradient_free(model, images_train, how, on_report=on_epoch)
     copied = ("epochs", "lr", "optimiser", "weight_decay", "warmup", "layer_decay", "ema", "clip_norm", "precision")
-    how = {name: getattr(row, name) for name in copied}
+    shared |= {name: getattr(row, name) for name in copied}
     if row.method == "denoiser":
         from smoothbook.tables.denoisers import train_denoiser
 
         del shared["schedule"]
-        return train_denoiser(model, images_train, row.denoiser, on_epoch=on_epoch, **how, **shared)
-    return fit(
-        model, images_train, loss=_loss(row), description=f"training {row.name}", on_epoch=on_epoch, **how, **shared
-    )
+        return train_denoiser(model, images_train, row.denoiser, training.FitSettings(**shared), on_epoch)
+    how = training.FitSettings(loss=_loss(row), description=f"training {row.name}", **shared)
+    return training.fit(model, images_train, how, on_epoch=on_epoch)
 
 
 def certify_row(
@@ -225,7 +223,7 @@ def certified_images(row: Row, train: "Images", test: "Images") -> "Images":
     """Those a row is certified on: of the test split, or the ones its training holds out."""
     if row.images != HELD_OUT:
         return test.take(row.images)
-    from smoothbook.training.common import split_images
+    from smoothbook.training.images import split_images
 
     images, positions = split_images(train.take(row.train_images), row.validation, row.seed)[1]
     return images.at(positions, f"{HELD_OUT}:{row.validation:g}:seed{row.seed}")

@@ -146,14 +146,15 @@ def _by_prototypes(images, chosen, found, selector, new_selector, out: Path, sam
 
 
 def _by_votes(images, chosen, found, selector, new_selector, out: Path, sampling) -> np.ndarray:
-    from smoothbook.training import fit
+    from smoothbook.training import FitSettings, fit
 
     sigmas = [float(s) for s in selector["sigmas"]]
     wanted = dataclasses.replace(chosen, labels=wanted_of(found, sigmas), class_names=())
-    fitted = fit(
-        new_selector(len(sigmas)), wanted, schedule=selector["sigma_e"], epochs=selector["epochs"], batch=64, lr=1e-3,
-        weight_decay=0.05, seed=0, description="training the selector", out=out / "training", resume=True,
+    how = FitSettings(
+        schedule=selector["sigma_e"], epochs=selector["epochs"], batch=64, lr=1e-3, weight_decay=0.05, seed=0,
+        description="training the selector", out=out / "training", resume=True,
     )  # fmt: skip
+    fitted = fit(new_selector(len(sigmas)), wanted, how)
     unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1), class_names=())
     record = _sample(fitted.model, unlabelled, selector["sigma_e"], out / VOTES, **sampling)
     counts = record.votes().set_index("image_id")["counts_selection"].loc[list(images.ids)]

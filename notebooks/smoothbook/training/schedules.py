@@ -135,7 +135,8 @@ def parse(schedule: "Schedule | float | str") -> Schedule:
         if kind == "grid":
             return Grid(tuple(float(s) for s in rest.split(",")))
         if kind == "uniform":
-            return Uniform(*reversed([float(s) for s in rest.split(":", 1)]))
+            low, two, high = rest.rpartition(":")
+            return Uniform(float(high), low=float(low) if two else 0.0)
         if kind == "curriculum" and rest:
             return Curriculum(parse(rest))
         if kind == "mix":

@@ -12,7 +12,7 @@ from torch import nn
 
 from smoothbook import adapters
 from smoothbook.adapters.base import head_name
-from smoothbook.training import fit
+from smoothbook.training import FitSettings, fit
 from smoothbook.training.attacks import PGD
 from smoothkit import data, models
 
@@ -36,7 +36,11 @@ def cnn():
     network = timm.create_model("test_resnet", in_chans=1, num_classes=10)
     base = models.wrap(network, mean=(0.3,), std=(0.4,), channels=1, name="cnn")
     some = data.load("digits", split="train", subset="first:512")
-    return fit(base, some, epochs=3, batch=64, lr=5e-3, schedule=0.0, progress=False, validation=None).model
+    return fit(base, some, quick(epochs=3, lr=5e-3, schedule=0.0)).model
+
+
+def quick(**settings):
+    return FitSettings(**{"batch": 64, "schedule": 0.4, "progress": False, "validation": None, **settings})
 
 
 MAKERS = {
@@ -96,7 +100,7 @@ def test_learns_and_moves_only_its_own(case, images):
     given, before = copy.deepcopy(base.state_dict()), copy.deepcopy(model.state_dict())
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     own_buffers = {n for n, _ in model.named_buffers() if n.startswith(model.own)} if name.startswith("caf") else set()
-    done = fit(model, images, epochs=5, batch=64, lr=lr, schedule=0.4, progress=False, validation=None)
+    done = fit(model, images, quick(epochs=5, lr=lr))
     assert done.history.loss.iloc[-1] < 0.97 * done.history.loss.iloc[0]
     changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
     assert trained <= changed <= trained | own_buffers  # every one of its own has learned
@@ -115,7 +119,7 @@ def test_no_gradient_on_frozen_tensors_and_train_mode_is_partial(case, images):
 
 def test_saves_and_loads_to_identical_logits(case, images, tmp_path):
     _, base, model, lr = case
-    fit(model, images, epochs=1, batch=64, lr=lr, schedule=0.4, progress=False, validation=None)
+    fit(model, images, quick(epochs=1, lr=lr))
     model.save(tmp_path)
     again = adapters.load(tmp_path, base)
     assert torch.equal(answers(again, clean(images)), answers(model, clean(images)))

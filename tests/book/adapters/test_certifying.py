@@ -9,10 +9,14 @@ from torch import nn
 
 from smoothbook import adapters
 from smoothbook.adapters.certifying import CertifyingClassifier, NoiseEstimator, resnet, vit
-from smoothbook.training import NoiseLevel, fit
+from smoothbook.training import FitSettings, NoiseLevel, fit
 from smoothkit import data, models
 
 SMALL = dict(width=4, depth=1, stages=2)
+
+
+def quick(**settings):
+    return FitSettings(**{"batch": 64, "lr": 1e-2, "progress": False, "validation": None, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def members(base, images):
     made = {}
     for i, sigma in enumerate((0.25, 0.5)):
         member = adapters.certifying(base, adapter_settings=SMALL, seed=i)
-        fit(member, images, epochs=2, batch=64, lr=1e-2, schedule=sigma, progress=False, validation=None)
+        fit(member, images, quick(epochs=2, schedule=sigma))
         made[sigma] = member
     return made
 
@@ -163,8 +167,7 @@ def test_the_estimator_can_be_trained_by_itself(members, images):
     model = adapters.ensemble(members, design="noise")
     estimator = model.network.estimator
     assert isinstance(estimator, NoiseEstimator)
-    settings = dict(batch=64, lr=1e-2, progress=False, validation=None)
-    done = fit(estimator, images, loss=NoiseLevel((0.25, 0.5)), schedule="grid:0.25,0.5", epochs=25, **settings)
+    done = fit(estimator, images, quick(loss=NoiseLevel((0.25, 0.5)), schedule="grid:0.25,0.5", epochs=25))
     assert done.history.accuracy.iloc[-1] > 0.85
 
 
@@ -182,7 +185,7 @@ def test_ensembles_train_their_own_part_only_and_come_back(members, base, images
     before = copy.deepcopy(model.state_dict())
     given = {s: models.fingerprint(m) for s, m in members.items()}
     start = loss_under_noise(model, images)
-    fit(model, images, epochs=15, batch=64, lr=1e-2, schedule="grid:0.25,0.5", progress=False, validation=None)
+    fit(model, images, quick(epochs=15, schedule="grid:0.25,0.5"))
     assert loss_under_noise(model, images) < start
     changed = {k.split(".")[1] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == ({"weights", "heads"} if design == "features" else {"estimator"})

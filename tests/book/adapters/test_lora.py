@@ -9,7 +9,7 @@ import torch
 
 from smoothbook import adapters
 from smoothbook.adapters.lora import find_targets
-from smoothbook.training import fit
+from smoothbook.training import FitSettings, fit
 from smoothkit import data, models
 
 
@@ -24,7 +24,7 @@ def images():
 
 
 def trained(model, images, sigma=0.4):
-    fit(model, images, epochs=2, batch=64, lr=1e-2, schedule=sigma, progress=False, validation=None)
+    fit(model, images, FitSettings(epochs=2, batch=64, lr=1e-2, schedule=sigma, progress=False, validation=None))
     return model
 
 

@@ -17,6 +17,7 @@ from smoothbook.denoise import (
     timestep_for,
 )
 from smoothbook.denoise.calibrate import anti_consistency, brier_loss, denoising_loss
+from smoothbook.training import FitSettings
 from smoothkit import data, models
 from smoothkit.models import fingerprint
 
@@ -83,10 +84,9 @@ def test_calibration_moves_the_diffusion_model_and_nothing_else():
     classifier = models.load("starter:digits-vit-clean")
     denoiser = DiffusionDenoiser(Answer().requires_grad_(False), LINEAR, sigma=0.25)
     before = fingerprint(classifier)
-    quick = dict(epochs=4, batch=64, lr=0.05, progress=False)
-    done = calibrate(
-        denoiser, classifier, images, sigmas=(0.25, 0.5), loss=Calibration(anti=0.5, denoising=0.1), **quick
-    )
+    quick = FitSettings(epochs=4, batch=64, lr=0.05, validation=None, progress=False)
+    loss = Calibration(anti=0.5, denoising=0.1)
+    done = calibrate(denoiser, classifier, images, quick, sigmas=(0.25, 0.5), loss=loss)
     assert fingerprint(classifier) == before and done.model is denoiser and denoiser.clamp == "hard"
     assert done.rows[-1]["loss"] < done.rows[0]["loss"] and float(denoiser.unet.share) != 0.5
     assert not denoiser.unet.share.requires_grad  # as it was found
@@ -99,9 +99,8 @@ def test_only_what_wants_a_gradient_is_trained():
     pair = nn.ModuleDict({"frozen": Answer().requires_grad_(False), "adapter": Answer()})
     pair.forward = lambda x, t: pair["frozen"](x, t) + pair["adapter"](x, t)
     denoiser = DiffusionDenoiser(pair, LINEAR, sigma=0.25)
-    calibrate(
-        denoiser, models.load("starter:digits-vit-clean"), images, sigmas=(0.25,), epochs=1, batch=32, progress=False
-    )
+    quick = FitSettings(epochs=1, batch=32, lr=5e-5, validation=None, progress=False)
+    calibrate(denoiser, models.load("starter:digits-vit-clean"), images, quick, sigmas=(0.25,))
     assert pair["frozen"].share == 0.5 and pair["adapter"].share != 0.5
     assert not pair["frozen"].share.requires_grad and pair["adapter"].share.requires_grad
 

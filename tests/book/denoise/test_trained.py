@@ -16,11 +16,12 @@ from smoothbook.denoise import (
     load_denoiser,
     psnr,
 )
+from smoothbook.training import FitSettings
 from smoothkit import Smoothed, data, models
 from smoothkit.models import fingerprint
 
 SIGMA = 0.5
-QUICK = dict(epochs=2, batch=64, lr=3e-3, validation=None, progress=False)
+QUICK = FitSettings(epochs=2, batch=64, lr=3e-3, validation=None, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +165,9 @@ def test_arguments_are_checked(training, clean):
     for call, message in [
         (lambda: Denoising("psnr"), "objective must be one of mse, stability, classification, got 'psnr'"),
         (lambda: Denoising(copies=0), "copies must be at least 1"),
-        (lambda: fit_denoiser(small(), training, objective="stability", **QUICK), "needs classifier= or surrogates="),
+        (lambda: fit_denoiser(small(), training, QUICK, objective="stability"), "needs classifier= or surrogates="),
         (lambda: fit_denoiser(Identity(), training), "identity has no sigma"),
-        (lambda: fit_denoiser(small(), training, schedule=0.1), "schedule is set by the objective"),
+        (lambda: fit_denoiser(small(), training, FitSettings(schedule=0.1)), "schedule is set by the objective"),
         (lambda: fit_denoiser(small(), training, objective="psnr"), "stability-after-mse, got 'psnr'"),
         (lambda: fit_denoiser(small(), training, mse={}), "mse= goes with the objective 'stability-after-mse'"),
     ]:
@@ -179,7 +180,7 @@ def test_arguments_are_checked(training, clean):
 
 def test_mse_needs_neither_labels_nor_a_classifier(training):
     unlabelled = dataclasses.replace(training, labels=training.labels * 0 - 1)
-    done = fit_denoiser(small(), unlabelled, **{**QUICK, "epochs": 6})
+    done = fit_denoiser(small(), unlabelled, dataclasses.replace(QUICK, epochs=6))
     assert done.rows[-1]["loss"] < 0.6 * SIGMA**2 and "accuracy" not in done.rows[0] and not done.model.training
     pixels, _, noise = noisy_batch(data.load("digits", split="validation").take("first:64"))
     with torch.no_grad():
@@ -191,9 +192,8 @@ def test_mse_needs_neither_labels_nor_a_classifier(training):
 def test_stability_after_mse_leaves_the_classifier_as_it_was(training, clean, tmp_path):
     before = fingerprint(clean)
     denoiser = small()
-    done = fit_denoiser(
-        denoiser, training, objective="stability-after-mse", classifier=clean, mse=dict(epochs=3), out=tmp_path, **QUICK
-    )
+    settings, mse = dataclasses.replace(QUICK, out=tmp_path), dict(epochs=3)
+    done = fit_denoiser(denoiser, training, settings, objective="stability-after-mse", classifier=clean, mse=mse)
     assert done.model is denoiser and fingerprint(clean) == before and all(p.requires_grad for p in clean.parameters())
     assert [row["objective"] for row in done.rows] == ["mse"] * 3 + ["stability"] * 2
     assert done.rows[-1]["loss"] < done.rows[3]["loss"] and 0 < done.rows[-1]["accuracy"] <= 1
@@ -214,5 +214,5 @@ def test_a_classifier_can_be_tuned_on_denoised_images(training, clean):
     denoiser = small().requires_grad_(False)
     base = DenoisedClassifier(denoiser, copy.deepcopy(clean))
     before = fingerprint(denoiser)
-    done = fit(base, training, schedule=SIGMA, epochs=2, batch=64, lr=1e-3, validation=None, progress=False)
+    done = fit(base, training, dataclasses.replace(QUICK, schedule=SIGMA, lr=1e-3))
     assert done.rows[-1]["loss"] < done.rows[0]["loss"] and fingerprint(denoiser) == before

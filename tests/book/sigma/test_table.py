@@ -10,7 +10,7 @@ from torch import nn
 
 from smoothbook.sigma.search import ClampedRadius, SigmaSearch
 from smoothbook.sigma.table import SigmaTable
-from smoothbook.training import fit
+from smoothbook.training import FitSettings, fit
 from smoothbook.training.schedules import generator_for
 from smoothkit import data, models
 from smoothkit.models import BaseClassifier
@@ -33,9 +33,9 @@ def table(**settings) -> SigmaTable:
     return SigmaTable(**{"sigma0": 0.25, "search": search, "fixed_for": 0.25, **settings})
 
 
-def trained(network: nn.Module, images, schedule: SigmaTable, **settings):
-    settings = dict(epochs=4, batch=32, lr=3e-3, validation=0.2, progress=False) | settings
-    return fit(copy.deepcopy(network), images, schedule=schedule, **settings)
+def trained(network: nn.Module, images, schedule: SigmaTable, on_epoch=None, **settings):
+    settings = dict(epochs=4, batch=32, lr=3e-3, validation=0.2, progress=False, schedule=schedule) | settings
+    return fit(copy.deepcopy(network), images, FitSettings(**settings), on_epoch=on_epoch)
 
 
 def test_sigmas_stay_at_first_and_then_move_by_one_step_an_epoch(network, images):

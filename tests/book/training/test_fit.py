@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import os
 import signal
 
@@ -17,6 +16,7 @@ from smoothbook.adapters.base import set_train_mode
 from smoothbook.training import (
     MACER,
     Consistency,
+    FitSettings,
     Gaussian,
     NoiseLevel,
     SmoothAdv,
@@ -26,6 +26,7 @@ from smoothbook.training import (
     fit,
 )
 from smoothbook.training.attacks import DDN, PGD
+from smoothbook.training.checkpoint import CHECKPOINT, read_checkpoint
 from smoothbook.training.fit import rate_factor
 from smoothkit import data, models
 
@@ -53,9 +54,12 @@ def starter_clean():
 SHORT = dict(epochs=2, batch=64, lr=3e-3, schedule=0.25, progress=False)
 
 
-def run(model, images, **settings):
-    model = copy.deepcopy(model)
-    return fit(model, images, **{**SHORT, **settings})
+def run(model, images, on_epoch=None, **settings):
+    return fit(copy.deepcopy(model), images, short(**settings), on_epoch=on_epoch)
+
+
+def short(**settings):
+    return FitSettings(**{**SHORT, **settings})
 
 
 def same(a, b):
@@ -141,7 +145,7 @@ def test_rate():
 
 def test_large_data_sets_are_read_batch_by_batch(untrained, images, monkeypatch):
     kept = run(untrained, images)
-    monkeypatch.setattr("smoothbook.training.common.IN_MEMORY", 0)
+    monkeypatch.setattr("smoothbook.training.images.IN_MEMORY", 0)
     assert same(kept.model, run(untrained, images).model)
 
 
@@ -169,7 +173,7 @@ def test_linear_probe_moves_the_head_only(images):
     network.fc.requires_grad_(True)
     base = models.wrap(network)
     before = copy.deepcopy(base.state_dict())
-    done = fit(base, images, **{**SHORT, "epochs": 1})
+    done = fit(base, images, short(epochs=1))
     changed = {k for k, v in done.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"network.fc.weight", "network.fc.bias"}  # no running statistic among them
     assert done.trained.trained == sum(p.numel() for p in network.fc.parameters())
@@ -246,18 +250,36 @@ def test_finished_runs_load_at_once(untrained, images, tmp_path):
     assert same(first.model, again.model) and again.rows == first.rows
 
 
-def test_checkpoint_survives_a_death_between_two_renames(untrained, images, tmp_path):
-    whole = run(untrained, images, out=tmp_path)
-    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-    assert same(whole.model, run(untrained, images, out=tmp_path, resume=True).model)
+def test_checkpoint_survives_a_death_while_the_next_is_written(untrained, images, tmp_path, monkeypatch):
+    """The write after the second epoch fails half way: the checkpoint of the first stays, whole, and nothing beside it."""
+    save, written = torch.save, []
+
+    def dies(kept, file):
+        written.append(kept["step"])
+        if len(written) == 2:
+            file.write(b"half")
+            raise OSError("no space left on device")
+        save(kept, file)
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="no space left"):
+        run(untrained, images, out=tmp_path)
+    assert written == [3, 6] and [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert read_checkpoint(tmp_path)["step"] == 3
+    monkeypatch.undo()
+    assert same(run(untrained, images).model, run(untrained, images, out=tmp_path, resume=True).model)
 
 
 def test_checkpoint_holds_no_pickled_code_and_only_what_moves(images, starter, tmp_path):
     model = adapters.lora(starter, rank=2, head="frozen")
-    done = fit(model, images, **{**SHORT, "epochs": 1, "out": tmp_path})
-    torch.load(tmp_path / "checkpoint" / "optimiser.pt", weights_only=True)
-    assert (tmp_path / "checkpoint" / "weights.safetensors").stat().st_size < 4 * done.trained.trained + 10_000
-    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
+    done = fit(model, images, short(epochs=1, out=tmp_path))
+    kept = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert kept["step"] == 3
+    assert kept["weights"].keys() == {n for n, p in model.named_parameters() if p.requires_grad} | {
+        n for n, _ in model.named_buffers()
+    }
+    # weights and AdamW's two moments, and what a tensor's name and place take
+    assert (tmp_path / CHECKPOINT).stat().st_size < 3 * (4 * done.trained.trained + 1000 * len(kept["weights"]))
 
 
 # --- stopping well ---------------------------------------------------------------------------------
@@ -283,11 +305,10 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(untrained, images, tm
     object.__setattr__(loss, "where", where)
     model = copy.deepcopy(untrained)
     with pytest.raises(TrainingDiverged, match=r"at step 5 \(epoch 2\).*last good checkpoint"):
-        fit(model, images, **{**SHORT, "out": tmp_path, "loss": loss})
+        fit(model, images, short(out=tmp_path, loss=loss))
     part = run(untrained, images, on_epoch=_interrupt)  # the same settings, stopped after the first epoch
     assert same(model, part.model)
-    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
-    assert state["step"] == 3
+    assert read_checkpoint(tmp_path)["step"] == 3
     with pytest.raises(TrainingDiverged, match="no checkpoint had been written"):
         loss.calls[:] = [1] * 4
         run(untrained, images, loss=loss)
@@ -332,23 +353,23 @@ def test_certified_images_are_refused(untrained, images):
 
 def test_models_that_cannot_be_trained(untrained, images, starter):
     with pytest.raises(ValueError, match="nothing to train"):
-        fit(copy.deepcopy(untrained).requires_grad_(False), images, **SHORT)
+        fit(copy.deepcopy(untrained).requires_grad_(False), images, short())
     few = models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
     with pytest.raises(
         ValueError, match=r"labels go up to 9, but the base classifier has 3 classes; .* num_classes=10"
     ):
-        fit(few, images, **SHORT)
+        fit(few, images, short())
     with pytest.raises(ValueError, match="layer_decay needs a timm network"):
-        fit(models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), images, **SHORT, layer_decay=0.5)
+        fit(models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), images, short(layer_decay=0.5))
     with pytest.raises(ValueError, match="must give logits"):
-        fit(models.wrap(nn.Conv2d(1, 1, 1)), images, **SHORT)
+        fit(models.wrap(nn.Conv2d(1, 1, 1)), images, short())
 
 
 def test_checkpoints_of_other_runs_are_refused(untrained, images, tmp_path):
     run(untrained, images, epochs=1, out=tmp_path)
     with pytest.raises(ValueError, match="resume=True or another folder"):
         run(untrained, images, epochs=1, out=tmp_path)
-    with pytest.raises(ValueError, match=r"of another run: lr was 0.003, now 0.001; schedule was .*0.25.*0.5"):
+    with pytest.raises(ValueError, match=r"of another run: schedule was .*0.25.*0.5.*; lr was 0.003, now 0.001"):
         run(untrained, images, epochs=1, out=tmp_path, resume=True, lr=1e-3, schedule=0.5)
 
 

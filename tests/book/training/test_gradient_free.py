@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from smoothbook import adapters
-from smoothbook.training import SPSA, TrainingDiverged, fit_gradient_free
-from smoothbook.training.gradient_free import image_slopes, minimise, slopes, spsa_step, statistics_held
+from smoothbook.training import SPSA, GradientFreeSettings, TrainingDiverged, fit_gradient_free
+from smoothbook.training.gradient_free import image_slopes, slopes, spsa_step, statistics_held
+from smoothbook.training.schedules import generator_for
 from smoothkit import data, models
 
 
@@ -29,6 +30,10 @@ def coordinator(base, box=None, **settings):
 
 
 SHORT = dict(steps=6, batch=64, spsa=SPSA(repeats=2), schedule=0.25, report_every=3, progress=False)
+
+
+def learn(model, images, on_report=None, **settings):
+    return fit_gradient_free(model, images, GradientFreeSettings(**{**SHORT, **settings}), on_report=on_report)
 
 
 # --- the estimate ----------------------------------------------------------------------------------
@@ -104,10 +109,19 @@ def test_minimises_a_quadratic():
         return float((scale * (w - target) ** 2).sum())
 
     start = torch.full((10,), 2.0, dtype=torch.float64)
-    end = minimise(f, start, steps=300, spsa=SPSA(a=0.05, c=0.01, beta=0.5, repeats=2))
+
+    def minimise(spsa, steps=300):
+        w, momentum = start, None
+        for i in range(1, steps + 1):
+            probes = dict(repeats=spsa.repeats, generator=generator_for(0, "spsa", i))
+            slope, _ = slopes(f, w, displacement=spsa.displacement(i), **probes)
+            w, momentum = spsa_step(w, momentum, slope, rate=spsa.rate(i), beta=spsa.beta)
+        return w
+
+    end = minimise(SPSA(a=0.05, c=0.01, beta=0.5, repeats=2))
     assert f(end) < 1e-3 * f(start)
-    assert torch.equal(end, minimise(f, start, steps=300, spsa=SPSA(a=0.05, c=0.01, beta=0.5, repeats=2)))
-    assert f(minimise(f, start, steps=300, spsa=SPSA(a=0.05, beta=0.0))) < 0.1 * f(start)
+    assert torch.equal(end, minimise(SPSA(a=0.05, c=0.01, beta=0.5, repeats=2)))
+    assert f(minimise(SPSA(a=0.05, beta=0.0))) < 0.1 * f(start)
 
 
 def test_schedules():
@@ -145,9 +159,7 @@ def test_learns_from_predictions_alone(images, spsa, steps):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     model = adapters.coordinator(remote, encoder, image_shape=(1, 8, 8), cube=4, widths=(4,), model_id="remote")
     before = copy.deepcopy(model.state_dict())
-    done = fit_gradient_free(
-        model, images, steps=steps, batch=64, spsa=spsa, schedule=0.1, report_every=30, progress=False
-    )
+    done = learn(model, images, steps=steps, spsa=spsa, schedule=0.1, report_every=30)
     assert done.history.loss.iloc[-1] < 0.9 * done.history.loss.iloc[0]
     assert done.history.queries.iloc[-1] == model.queries == sum(asked) == steps * 2 * spsa.repeats * 64
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
@@ -158,7 +170,7 @@ def test_learns_from_predictions_alone(images, spsa, steps):
 @pytest.mark.parametrize("per", ["weights", "images"])
 def test_statistics_move_once_a_step_and_cost_no_query(base, images, per):
     model = coordinator(base)
-    fit_gradient_free(model, images, **{**SHORT, "steps": 3, "spsa": SPSA(repeats=2, per=per)})
+    learn(model, images, steps=3, spsa=SPSA(repeats=2, per=per))
     norm = next(m for m in model.network.decoder.modules() if isinstance(m, nn.BatchNorm2d))
     assert int(norm.num_batches_tracked) == 3 and norm.momentum == 0.1
     assert model.queries == 3 * 2 * 2 * 64
@@ -176,17 +188,17 @@ def test_stopped_and_resumed_is_uninterrupted(base, images, tmp_path, validation
         raise KeyboardInterrupt
 
     whole, part, again = (coordinator(base) for _ in range(3))
-    settings = {**SHORT, "validation": validation, "spsa": SPSA(repeats=2, per=per)}
-    rows = fit_gradient_free(whole, images, **settings).rows
-    first = fit_gradient_free(part, images, **settings, out=tmp_path, on_report=interrupt)
+    settings = {"validation": validation, "spsa": SPSA(repeats=2, per=per)}
+    rows = learn(whole, images, **settings).rows
+    first = learn(part, images, **settings, out=tmp_path, on_report=interrupt)
     assert first.interrupted and first.steps == 3
-    resumed = fit_gradient_free(again, images, **settings, out=tmp_path, resume=True)
+    resumed = learn(again, images, **settings, out=tmp_path, resume=True)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     assert again.queries == whole.queries and resumed.steps == 6
     for a, b in zip(rows, resumed.rows, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
     with pytest.raises(ValueError, match="of another run: batch was 64, now 32"):
-        fit_gradient_free(coordinator(base), images, **{**settings, "batch": 32}, out=tmp_path, resume=True)
+        learn(coordinator(base), images, **settings, batch=32, out=tmp_path, resume=True)
 
 
 def test_a_box_that_raises_loses_nothing(base, images, tmp_path):
@@ -200,9 +212,9 @@ def test_a_box_that_raises_loses_nothing(base, images, tmp_path):
 
     model, whole = (coordinator(base, box, model_id="flaky") for box in (flaky, lambda x: base(x)))
     with pytest.raises(adapters.BlackBoxError, match="raised ConnectionError"):
-        fit_gradient_free(model, images, **SHORT, out=tmp_path)
-    fit_gradient_free(model, images, **SHORT, out=tmp_path, resume=True)
-    fit_gradient_free(whole, images, **SHORT)
+        learn(model, images, out=tmp_path)
+    learn(model, images, out=tmp_path, resume=True)
+    learn(whole, images)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
@@ -211,23 +223,20 @@ def test_a_box_of_nans_stops(base, images, per):
     model = coordinator(base, lambda x: base(x) * float("nan"), model_id="nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingDiverged, match="the loss is nan at step 1, after 64 queries"):
-        fit_gradient_free(model, images, **{**SHORT, "spsa": SPSA(per=per)})
+        learn(model, images, spsa=SPSA(per=per))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_bar_shows_queries(base, images, capsys):
-    fit_gradient_free(coordinator(base), images, **{**SHORT, "steps": 2, "progress": True})
+    learn(coordinator(base), images, steps=2, progress=True)
     assert "512 queries" in capsys.readouterr().err
 
 
 def test_bad_settings(base, images):
     for act, message in [
-        (lambda: fit_gradient_free(base, images, **SHORT), "must be a Coordinator"),
-        (lambda: fit_gradient_free(coordinator(base), images, **{**SHORT, "steps": 0}), "must be at least 1"),
-        (
-            lambda: fit_gradient_free(coordinator(base), data.load("digits"), **SHORT),
-            "a test split, which is certified",
-        ),
+        (lambda: learn(base, images), "must be a Coordinator"),
+        (lambda: learn(coordinator(base), images, steps=0), "must be at least 1"),
+        (lambda: learn(coordinator(base), data.load("digits")), "a test split, which is certified"),
         (lambda: SPSA(per="pixels"), "per must be weights or images, got 'pixels'"),
         (lambda: SPSA(temperature=0), "temperature must be above 0"),
         (lambda: SPSA(c=0), "a and c must be above 0"),

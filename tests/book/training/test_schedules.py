@@ -66,9 +66,10 @@ def test_lines(line, schedule):
     assert parse(line) == schedule and parse(schedule) is schedule
 
 
-@pytest.mark.parametrize(
-    "line", ["gird:0,1", "fixed:", "uniform:1:0", "mix:2:1", "fixed:-1", "curriculum:", None, True]
-)
+@pytest.mark.parametrize("line", [
+    "gird:0,1", "fixed:", "uniform:", "uniform:1:0", "uniform::1", "uniform:0:1:2", "mix:2:1", "fixed:-1", "curriculum:",
+    None, True,
+])  # fmt: skip
 def test_bad_lines(line):
     with pytest.raises(ValueError, match="use clean, fixed"):
         parse(line)

@@ -114,15 +114,15 @@ def denoisers_in_training(kind, a, b, copies, objective, scales):
         assert loss.objective == objective
         return
     loss = one_of_the_losses(kind, a, b, copies)
-    settings = dict(epochs=1, batch=4, progress=False, validation=None)
+    settings = training.FitSettings(epochs=1, batch=4, lr=5e-5, progress=False, validation=None)
     head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     with refused(training.TrainingDiverged):
         if kind == "denoising":
             net = denoise.DnCNN(1, sigma=scales[0] if scales else 0.25, depth=2, width=2)
-            done = denoise.fit_denoiser(net, eight(), **settings)
+            done = denoise.fit_denoiser(net, eight(), settings)
         else:
             made = denoise.DiffusionDenoiser(Nothing(), falling, sigma=0.1)
-            done = denoise.calibrate(made, head, eight(), sigmas=tuple(scales), loss=loss, **settings)
+            done = denoise.calibrate(made, head, eight(), settings, sigmas=tuple(scales), loss=loss)
     assert all(bool(p.isfinite().all()) for p in done.model.parameters())
 
 

@@ -133,7 +133,7 @@ def training_with_odd_settings(changed):
     model = models.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)))
     torch.nn.init.zeros_(model.network[1].weight)
     with refused(training.TrainingDiverged):
-        done = training.fit(model, eight(), progress=False, **settings)
+        done = training.fit(model, eight(), training.FitSettings(progress=False, **settings))
     assert isinstance(done, training.Fitted) and len(done.rows) == settings["epochs"]
     assert all(bool(p.isfinite().all()) for p in done.model.parameters()), "trained into NaN"
 
@@ -153,7 +153,8 @@ def training_without_gradients(changed, per, repeats, steps):
     assert math.isfinite(spsa.rate(1)) and spsa.displacement(1) > 0
     model = adapters.coordinator(Constant([0.0, 1.0, 0.5]), vit(), image_shape=(1, 8, 8), cube=3, model_id="constant")
     with refused(training.TrainingDiverged, adapters.BlackBoxError):
-        done = training.fit_gradient_free(model, eight(), steps=min(steps, 2), batch=4, spsa=spsa, progress=False)
+        settings = training.GradientFreeSettings(steps=min(steps, 2), batch=4, spsa=spsa, progress=False)
+        done = training.fit_gradient_free(model, eight(), settings)
     assert done.steps == min(steps, 2)
 
 
