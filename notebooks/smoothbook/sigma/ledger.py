@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smoothkit.records import write_atomically
+from smoothkit.records import read_json, write_atomically
 
 FORMAT = 1
 DIGEST = 32  # bytes
@@ -68,17 +68,17 @@ class Ledger:
         self._size, self._step = size, size + DIGEST
         self._process, self._lock, self._file = os.getpid(), None, None
         self._serial = threading.Lock()
-        genesis = _digest(b"", json.dumps({"format": FORMAT, **about}, sort_keys=True).encode())
-        self._digests = [genesis]  # after 0, 1, 2, ... entries
+        start = _digest(b"", json.dumps({"format": FORMAT, **about}, sort_keys=True).encode())
+        self._digests = [start]  # after 0, 1, 2, ... entries
         self.found: list[bytes] = []  # payloads that were there
-        if self.folder is not None:
-            try:
+        try:
+            if self.folder is not None:
                 self._open(about)
-            except BaseException:
-                self.close()
-                raise
-        if receipt is not None:
-            self._check_receipt(receipt)
+            if receipt is not None:
+                self._check_receipt(receipt)
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._digests) - 1
@@ -97,7 +97,15 @@ class Ledger:
             for payload in payloads:
                 digests.append(_digest(digests[-1], payload))
             if self.folder is not None and payloads:
-                self._write(b"".join(p + d for p, d in zip(payloads, digests[1:], strict=True)), digests[-1])
+                self._check_writable()
+                try:
+                    self._file.write(b"".join(p + d for p, d in zip(payloads, digests[1:], strict=True)))
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._write_head(len(self) + len(payloads), digests[-1])
+                except BaseException:  # as a full disk; what is there now is found out by opening it again
+                    self.close()
+                    raise
             self._digests.extend(digests[1:])
 
     def close(self) -> None:
@@ -111,8 +119,6 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # --- opening ---
 
     def _open(self, about: dict[str, Any]) -> None:
         description = self.folder / "ledger.json"
@@ -129,18 +135,15 @@ class Ledger:
             (self.folder / "entries.bin").touch()
             self._write_head(0, self._digests[0])
             _replace(description, {"format": FORMAT, "about": about})
-        self._read()
+        told = self._read()
         self._file = open(self.folder / "entries.bin", "r+b")  # noqa: SIM115
         self._file.truncate(len(self) * self._step)
-        if self._told != len(self):
+        if told != len(self):
             self._write_head(len(self), self._digests[-1])
 
     def _check_about(self, description: Path, about: dict[str, Any]) -> None:
-        try:
-            there = json.loads(description.read_text())
-            known, found = there["format"], dict(there["about"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{description} cannot be read ({error}); restore it from a copy") from None
+        there = read_json(description, LedgerError, format=int, about=dict)
+        known, found = there["format"], there["about"]
         if known != FORMAT:
             raise LedgerError(f"{self.folder} has ledger format {known}, this version reads {FORMAT}; update smoothkit")
         wanted = json.loads(json.dumps(about))
@@ -152,70 +155,56 @@ class Ledger:
         if different:
             raise LedgerError(f"{self.folder} is of another kind: it has {'; '.join(different)}; give another folder")
 
-    def _read(self) -> None:
+    def _read(self) -> int:
+        """Find the entries; returns how many of them somebody was told of."""
         try:
-            head = json.loads((self.folder / "head.json").read_text())
-            self._told, digest = int(head["entries"]), str(head["digest"])
+            head = read_json(self.folder / "head.json", LedgerError, entries=int, digest=str)
             data = (self.folder / "entries.bin").read_bytes()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
             raise LedgerError(f"{self.folder} is incomplete ({error}); restore it from a copy") from None
+        told, digest = head["entries"], head["digest"]
         there = len(data) // self._step
-        if there < self._told:
+        if not 0 <= told <= there:
             raise LedgerError(
-                f"{self.folder} has lost entries: {there} are there, and {self._told} were; restore it from a copy, since "
+                f"{self.folder} has lost entries: {there} are there, and {told} were; restore it from a copy, since "
                 f"what was promised for the others cannot be kept without them"
             )
         for i in range(there):
             entry = data[i * self._step : (i + 1) * self._step]
             after = _digest(self._digests[-1], entry[: self._size])
             if after != entry[self._size :]:
-                if i >= self._told:
+                if i >= told:
                     break
                 raise LedgerError(f"entry {i} of {self.folder} was changed, moved or removed; restore it from a copy")
             self._digests.append(after)
             self.found.append(entry[: self._size])
-        if self._digests[self._told].hex() != digest:
+        if self._digests[told].hex() != digest:
             raise LedgerError(f"{self.folder} does not end as its head.json says; restore both from one copy")
         if len(data) > len(self) * self._step:
             warnings.warn(
                 f"{self.folder} ended in a torn entry that no answer was given for; it is cut off", stacklevel=5
             )
+        return told
 
     def _check_receipt(self, receipt: Receipt) -> None:
         kept = self._digests[receipt.entries].hex() if receipt.entries < len(self._digests) else None
         if kept != receipt.digest:
-            self.close()
             what = f"has {len(self)} entries" if kept is None else "held something else at that point"
             raise LedgerError(
                 f"{self.folder or 'the ledger'} {what}, and the receipt is for {receipt.entries}; it was put back to an "
                 f"earlier state or is another one: restore the newest copy"
             )
 
-    # --- writing ---
-
-    def _write(self, block: bytes, last: bytes) -> None:
-        file = self._writable()
-        end = len(self) * self._step
-        found = file.seek(0, os.SEEK_END)
-        if found != end:
-            raise LedgerError(f"{self.folder} was changed by someone else: {found} bytes, expected {end}; open it anew")
-        try:
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            self._write_head((end + len(block)) // self._step, last)
-        except BaseException:  # as a full disk; what is there now is found out by opening it again
-            self.close()
-            raise
-
-    def _writable(self) -> BinaryIO:
+    def _check_writable(self) -> None:
         if self._file is None:
             raise LedgerError(f"{self.folder} is closed; open it again")
         if os.getpid() != self._process:
             raise LedgerError(
                 f"{self.folder} was opened by another process, of which this is a copy; one writes at a time"
             )
-        return self._file
+        end, found = len(self) * self._step, self._file.seek(0, os.SEEK_END)
+        if found != end:
+            raise LedgerError(f"{self.folder} was changed by someone else: {found} bytes, expected {end}; open it anew")
 
     def _write_head(self, entries: int, digest: bytes) -> None:
         _replace(self.folder / "head.json", {"entries": entries, "digest": digest.hex()})

@@ -70,19 +70,13 @@ def settle(
     Parameters
     ----------
     x : float32 array [d]
-    predicted : int
-        A class, or ABSTAIN.
-    radius : float
-        Its L2 radius, pixel units; 0.0 on ABSTAIN.
+    predicted, radius : int and float
+        A class and its L2 radius, pixel units; or ABSTAIN and 0.0.
     points, labels, radii : float32 [N, d], int64 [N], float64 [N]
         Kept balls, of which those with different labels are disjoint.
     rule : "inside both" or "inside the kept ball"
         The ball kept where the label is overwritten: the largest around x inside both balls, or the larger one inside
         the kept ball alone, as the released checker has it. Both keep the promise.
-
-    Returns
-    -------
-    Answer
     """
     low, high = distances(x, points)
     holding = inside(x, points, radii, low, high)
@@ -159,7 +153,7 @@ class Memory:
         found = np.frombuffer(b"".join(self._ledger.found), dtype=self._entry)
         self._ledger.found.clear()
         self._count = len(found)
-        self._points, self._labels, self._radii = found["image"].copy(), found["label"].copy(), found["radius"].copy()
+        self._points, self._labels, self._radii = (found[name].copy() for name in ("image", "label", "radius"))
         norms = [self._filter(x) for x in self._points]
         self._norms = np.array(norms).reshape(self._count, len(self._filter.starts))
 
@@ -176,10 +170,25 @@ class Memory:
         """Let go of the folder, so that another process can open it."""
         self._ledger.close()
 
-    points = property(lambda self: self._points[: self._count].reshape(self._count, *self.shape))
-    labels = property(lambda self: self._labels[: self._count].copy())
-    radii = property(lambda self: self._radii[: self._count].copy())
-    receipt = property(lambda self: self._ledger.receipt)
+    @property
+    def points(self) -> np.ndarray:
+        """The images asked about, float32 [N, C, H, W]."""
+        return self._points[: self._count].reshape(self._count, *self.shape)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """What they were answered, int64 [N]."""
+        return self._labels[: self._count].copy()
+
+    @property
+    def radii(self) -> np.ndarray:
+        """The radii kept for them, float64 [N]."""
+        return self._radii[: self._count].copy()
+
+    @property
+    def receipt(self) -> Receipt:
+        """What to keep elsewhere to find out whether entries were lost."""
+        return self._ledger.receipt
 
     def answer(self, image, predicted: int, radius: float) -> Answer:
         """Settle one question and keep its ball; see `answer_all`."""
@@ -208,12 +217,9 @@ class Memory:
                 (self._read(image, i), *_check_certificate(c, r, i))
                 for i, (image, c, r) in enumerate(zip(images, predicted, radii, strict=True))
             ]
-            before, answers = self._count, []
+            before = self._count
             try:
-                for x, c, r in questions:
-                    answers.append(self._settle(x, c, r))
-                    if answers[-1].predicted != ABSTAIN:
-                        self._keep(x, answers[-1])
+                answers = [self._keep(x, self._settle(x, c, r)) for x, c, r in questions]
                 self._ledger.append([self._payload(i) for i in range(before, self._count)])
             except BaseException:
                 self._count = before
@@ -250,8 +256,11 @@ class Memory:
         bounds = self._filter.lower_bounds(self._filter(x), self._norms[:stop])
         return np.flatnonzero(bounds <= radius + self._radii[:stop])
 
-    def _keep(self, x: np.ndarray, answer: Answer) -> None:
+    def _keep(self, x: np.ndarray, answer: Answer) -> Answer:
+        """Keep the ball of an answer, if it is one."""
         i = self._count
+        if answer.predicted == ABSTAIN:
+            return answer
         if i == len(self._labels):
             more = max(16, i)
             self._points, self._norms = (np.pad(a, ((0, more), (0, 0))) for a in (self._points, self._norms))
@@ -259,6 +268,7 @@ class Memory:
         self._points[i], self._norms[i] = x, self._filter(x)
         self._labels[i], self._radii[i] = answer.predicted, answer.radius
         self._count = i + 1
+        return answer
 
     def _payload(self, i: int) -> bytes:
         entry = np.zeros((), dtype=self._entry)

@@ -30,7 +30,7 @@ def through_memory(memory: Memory, images: Sequence, table: pd.DataFrame) -> pd.
     memory : Memory
     images : tensors or arrays [C, H, W], one a row of the table, in its order
     table : DataFrame
-        As `certificates.frozen_certificates` gives it.
+        As `certify.certificates` gives it.
 
     Returns
     -------
@@ -64,15 +64,12 @@ def three_radii(**tables: pd.DataFrame) -> pd.DataFrame:
     """
     if not tables or not tables.keys() <= READINGS.keys():
         raise ValueError(f"readings must be some of {', '.join(READINGS)}, got {', '.join(tables) or 'none'}")
-    first = next(iter(tables.values())).set_index("image_id")
-    joined = first[["idx", "label", "key"]].copy()
+    joined = next(iter(tables.values())).set_index("image_id")[["idx", "label", "key"]]
     for name, table in tables.items():
-        mine = table.set_index("image_id")
+        mine = table.set_index("image_id")[["predict", "radius", "sigma"]]
         if not mine.index.is_unique or set(mine.index) != set(joined.index):
             raise ValueError(f"the {name} certificates are of other images, or of some twice; certify the same images")
-        mine = mine.loc[joined.index]
-        for column in ("predict", "radius", "sigma"):
-            joined[f"{name}_{column}"] = mine[column]
+        joined = joined.join(mine.add_prefix(f"{name}_"))
     joined = joined.reset_index()
     joined.attrs["readings"] = {name: READINGS[name] for name in tables}
     return joined

@@ -230,7 +230,7 @@ def ascend(probabilities: Probabilities, sigma0: Tensor, search: SigmaSearch) ->
     found, after = torch.where(kept, sigma0, found), torch.where(kept, before, after)
     if not bool((found.isfinite() & (found > 0)).all()):
         raise ValueError(
-            f"the ascent left all reason, with sigma {found.tolist()[:3]}; use a smaller step_size or guard=True"
+            f"the ascent diverged, to sigma {found.tolist()[:3]}; use a smaller step_size or guard=True"
         )
     floats = (found, sigma0, before, after, torch.stack(trace), torch.stack(climbed))
     found, sigma0, before, after, trace, climbed = (x.double().cpu().numpy() for x in floats)

@@ -1,12 +1,9 @@
 """A sigma for each input that stays the same nearby: certificates of one classifier, which need no memory.
 
-Where sigma(z) is constant on the ball of radius R_sigma around x, the input-dependent classifier is there the
-smoothed classifier with that sigma, so its prediction is constant on the ball of radius min(R_sigma, R_c), with R_c
-that classifier's certified radius. The radius holds for a fresh question x + delta, in any order, on any machine.
-
-Two selectors from a finite set of sigmas: `NearestPrototype`, whose R_sigma is geometry and never wrong, and
-`SmoothedSelector`, itself a smoothed classifier (dual smoothing), whose R_sigma is a certificate that takes a share
-of alpha. The two may fail together or not: the shares are added, which needs no independence.
+A selector chooses one of a few sigmas and says within which radius R_sigma it stays. `NearestPrototype` has an R_sigma
+that is geometry and never wrong. `SmoothedSelector` is itself a smoothed classifier (dual smoothing), and its R_sigma a
+certificate that takes a share of alpha. The shares are added, which needs no independence. By the min rule (`sound`) the
+radius of both together holds for a fresh question x + delta, in any order, on any machine.
 
 References
 ----------
@@ -36,7 +33,7 @@ from smoothkit.types import NoiseForm, StoppingRule, check_alpha, check_sigma
 
 
 class Selector(Protocol):
-    """Anything that chooses sigmas and says within what radius they stay."""
+    """Anything that chooses sigmas and says within which radius they stay."""
 
     def choose(self, images: Images) -> Choice: ...
 

@@ -1,7 +1,8 @@
 """The min rule: radii of one input-dependent classifier, and reading them again from records.
 
-Where sigma is the same within R_sigma of an image and the class at that sigma within R_c, the classifier that chooses
-sigma for itself keeps its class within min(R_sigma, R_c). What a selector of a kept run said stands beside the votes:
+Where sigma is the same within R_sigma of an image, the classifier that chooses sigma for itself is there the smoothed
+classifier with that sigma, and keeps its class within min(R_sigma, R_c), R_c being that one's certified radius. What a
+selector of a kept run said stands beside the votes:
 
     FOLDER/run.json, parts/         votes at the sigma chosen for each image
     FOLDER/selector.npz             of a nearest-prototype selector: prototypes, their sigmas, R_sigma of each image
@@ -82,16 +83,9 @@ def by_min_rule(table: pd.DataFrame, choice: Choice, *, alpha: float) -> pd.Data
 
 
 def choice_by_votes(votes: Record, sigmas: Sequence[float], ids: Iterable[int], *, alpha: float) -> Choice:
-    """What a smoothed selector says about images: the sigma its top class stands for, and that class's certificate.
+    """What a smoothed selector's own votes say about images (by id): the sigma its top class stands for, and how far it holds.
 
-    Parameters
-    ----------
-    votes : Record
-        Of the selector's own votes.
-    sigmas : float, one for each of its classes
-    ids : the images, by id
-    alpha : float
-        The selector's failure probability for each image.
+    `sigmas` are those its classes stand for, `alpha` is its failure probability for each image.
     """
     if len(sigmas) != votes.num_classes:
         raise RecordError(

@@ -71,7 +71,8 @@ class SigmaTable:
         positions = torch.as_tensor(np.asarray(positions), dtype=torch.long)
         if progress == 0:  # another training begins
             self._sigmas = self._sigmas[:0]
-        self._make_room(int(positions.max()) + 1)
+        if (new := int(positions.max()) + 1 - len(self._sigmas)) > 0:
+            self._sigmas = torch.cat([self._sigmas, torch.full((new,), float(self.sigma0), dtype=torch.float64)])
         sigma = self._sigmas[positions]
         if progress >= self.fixed_for:
             sigma = self._step(base_classifier, images, sigma.to(images.device), generator).cpu()
@@ -90,13 +91,6 @@ class SigmaTable:
                 c_a = probabilities(sigma, 0).argmax(1)
             _, slope = slope_of(self.search.objective, probabilities, c_a, sigma, 0)
         return step_of(sigma, slope, self.search)
-
-    def _make_room(self, n: int) -> None:
-        if n > len(self._sigmas):
-            more = torch.full((n - len(self._sigmas),), float(self.sigma0), dtype=torch.float64)
-            self._sigmas = torch.cat([self._sigmas, more])
-
-    # --- checkpoints
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
