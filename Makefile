@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test test-browser lab figures records starters lock audits faults coverage fuzz scale versions readme lint format clean help
+.PHONY: run test test-browser lab docs figures records starters lock audits faults coverage fuzz scale versions readme lint format clean help
 
 run: $(READY)
 	$(BIN)/smoothkit run $(NOTEBOOKS) --preset $(PRESET) --jobs $(JOBS)
@@ -23,6 +23,9 @@ test-browser: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks  # this machine only, with a token
+
+docs: $(READY)
+	$(BIN)/python -m smoothbook.runner.reference runs/docs
 
 figures: $(READY)
 	$(BIN)/smoothkit run 60_paper_figures --preset $(PRESET)
@@ -74,6 +77,7 @@ help:
 	@echo "make test                           all tests"
 	@echo "make test-browser                   JupyterLab in Chromium: notebooks 00 and 50, sliders, a reload; minutes"
 	@echo "make lab                            JupyterLab on notebooks/"
+	@echo "make docs                           the API reference from the docstrings: runs/docs/index.html, linked from the gallery"
 	@echo "make figures [PRESET=digits]        regenerate the figures and tables of 60_paper_figures"
 	@echo "make records                        sample the committed vote records again, make missing rows (an hour or two)"
 	@echo "make starters                       train the starter models of the digits again (about twenty minutes)"

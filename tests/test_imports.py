@@ -33,7 +33,7 @@ MODULES_OF = {
         "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
     ],
     "smoothbook.bench": ["measure", "peers", "plan", "parts", "engine", "samples", "sigma", "panels"],
-    "smoothbook.runner": ["notebooks", "pages", "gallery", "run", "workshop", "exercises"],
+    "smoothbook.runner": ["notebooks", "pages", "gallery", "reference", "run", "workshop", "exercises"],
 }  # fmt: skip
 WHERE = {"smoothkit": ROOT / "smoothkit", "smoothbook": ROOT / "notebooks" / "smoothbook"}
 BOTH = [*(f"smoothkit.{room}" for room in ROOMS["smoothkit"]), *(f"smoothbook.{room}" for room in ROOMS["smoothbook"])]
@@ -110,6 +110,7 @@ ONLY_IN = {
     "matplotlib": {"smoothbook.figures"},
     "papermill": {"smoothbook.runner"},
     "nbconvert": {"smoothbook.runner"},
+    "pdoc": {"smoothbook.runner.reference"},
     "art": {"smoothbook.bench.peers"},
     "diffusers": {"smoothbook.denoise.diffusion"},
     "peft": {"smoothbook.adapters.lora", "smoothbook.tables.denoisers"},

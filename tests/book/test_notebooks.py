@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from smoothbook.runner.run import load_preset, notebook_names, presets, run_notebooks
+from smoothbook.runner.notebooks import load_preset, notebook_names, presets
+from smoothbook.runner.run import run_notebooks
 
 NAMES = notebook_names()
 

@@ -7,7 +7,6 @@ nobody along. The process ends itself when its input closes: however the parent 
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import json
 import os
 import re
@@ -21,12 +20,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nbformat
-import yaml
 
 import smoothkit
+from smoothbook.runner.notebooks import BOOK, check_parameters, chosen_notebooks, load_preset, notebooks_dir
+from smoothkit.records import read_json, write_atomically
 
-_BOOK = Path(__file__).resolve().parents[2]  # where smoothbook lies: in a checkout the folder of the notebooks
-_PACKAGES = tuple(dict.fromkeys([str(Path(smoothkit.__file__).resolve().parents[1]), str(_BOOK)]))
+_PACKAGES = tuple(dict.fromkeys([str(Path(smoothkit.__file__).resolve().parents[1]), str(BOOK)]))
 _GRACE = 20.0  # seconds a notebook gets to save itself and end its kernel
 
 
@@ -66,95 +65,6 @@ class Summary:
         return 130 if interrupted else int(not self.ok)
 
 
-# --- notebooks and presets ---------------------------------------------------------------------------
-
-
-def notebooks_dir() -> Path:
-    """The folder of numbered notebooks: that of this package in a checkout, else `notebooks` in the current folder."""
-    for folder in (_BOOK, Path.cwd() / "notebooks"):
-        if any(folder.glob("[0-9][0-9]_*.ipynb")):
-            return folder
-    raise FileNotFoundError(f"no folder 'notebooks' beside the package or in {Path.cwd()}; run from a checkout")
-
-
-def notebook_names(source: Path | None = None) -> list[str]:
-    """The names (file name without .ipynb) of all notebooks, in order."""
-    return sorted(path.stem for path in (source or notebooks_dir()).glob("*.ipynb"))
-
-
-def presets(source: Path | None = None) -> dict[str, str]:
-    """The presets there are, each with its description."""
-    return {name: _read_preset(name, source).get("_description", "") for name in _preset_names(source)}
-
-
-def load_preset(name: str, source: Path | None = None) -> dict[str, dict]:
-    """Notebook name to parameters, as `notebooks/presets/<name>.yaml` has them.
-
-    Raises
-    ------
-    ValueError
-        If there is no such preset, or it names a notebook that does not exist.
-    """
-    _check_known("preset", name, _preset_names(source))
-    content = _read_preset(name, source)
-    content.pop("_description", None)
-    for notebook, parameters in content.items():
-        _check_known(f"preset {name!r}: notebook", notebook, notebook_names(source))
-        if not isinstance(parameters or {}, dict):
-            raise ValueError(f"preset {name!r}: {notebook} must map parameters to values, got {parameters!r}")
-    return {notebook: dict(parameters or {}) for notebook, parameters in content.items()}
-
-
-def _preset_names(source: Path | None) -> list[str]:
-    return sorted(path.stem for path in ((source or notebooks_dir()) / "presets").glob("*.yaml"))
-
-
-def _read_preset(name: str, source: Path | None) -> dict:
-    path = (source or notebooks_dir()) / "presets" / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset {name!r} is no YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"preset {name!r} must map notebooks to parameters, got {type(content).__name__}")
-    return content
-
-
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"{what} {name!r} is unknown{hint} There are: {', '.join(known) or 'none'}")
-
-
-def chosen_notebooks(names: Iterable[str] | str | None, source: Path) -> list[str]:
-    """Full names for what was asked for: `00_start_here`, `00_start_here.ipynb` and `00` are the same."""
-    known = notebook_names(source)
-    chosen = []
-    for name in known if names is None else [names] if isinstance(names, str) else names:
-        stem = Path(name).name.removesuffix(".ipynb")
-        matches = [k for k in known if k.split("_")[0] == stem]
-        stem = matches[0] if len(matches) == 1 else stem
-        _check_known("notebook", stem, known)
-        if stem not in chosen:
-            chosen.append(stem)
-    return chosen
-
-
-def check_parameters(path: Path, parameters: dict) -> dict[str, dict]:
-    """What papermill knows of a notebook's parameters; a ValueError for a name that it does not have.
-
-    papermill itself only warns about a misspelt name and runs with the default.
-    """
-    from papermill import inspect_notebook
-
-    known = inspect_notebook(str(path))
-    for name in parameters:
-        _check_known(f"{path.stem}: parameter", name, known)
-    return known
-
-
 # --- running -----------------------------------------------------------------------------------------
 
 
@@ -192,6 +102,8 @@ def run_notebooks(
     ValueError
         If a preset, notebook or parameter is unknown. A notebook that fails does not raise: see Summary.
     """
+    from smoothbook.runner import gallery  # slow to import, and the process of a notebook does not need it
+
     source = (source or notebooks_dir()).resolve()
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -201,15 +113,8 @@ def run_notebooks(
     for folder in ("notebooks", "figures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     results = _run_all(plan, preset, out, jobs, timeout, log)
-    build_gallery(out)
+    gallery.build_gallery(out)
     return Summary(preset, out, tuple(results))
-
-
-def build_gallery(out: str | Path) -> Path:
-    """Write OUT/index.html from what is in OUT; see `smoothbook.runner.gallery`."""
-    from smoothbook.runner import gallery  # slow to import, and the process of a notebook does not need it
-
-    return gallery.build_gallery(out)
 
 
 def _plan(name: str, parameters: dict, source: Path, out: Path, jobs: int) -> dict:
@@ -284,12 +189,12 @@ def _line(result: Result) -> str:
 def _remember(out: Path, preset: str, result: Result) -> None:
     """Add one result to run.json, at once, so that a run that is killed still has its gallery."""
     path = out / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"notebooks": {}}
+    run = read_json(path, ValueError, "delete it", notebooks=dict) if path.exists() else {"notebooks": {}}
     entry = dataclasses.asdict(result)
     entry |= {"preset": preset, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes")}
     run["notebooks"][entry.pop("name")] = entry
     run["preset"] = preset
-    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+    write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
 
 
 class _Worker:
@@ -319,7 +224,7 @@ class _Worker:
 
     def _forget_old_figures(self) -> None:
         for about in (Path(self.job["out"]) / "figures").glob("*.json"):
-            if json.loads(about.read_text(encoding="utf-8")).get("notebook") == self.name:
+            if read_json(about, ValueError, "delete it", notebook=str | None)["notebook"] == self.name:
                 for path in about.parent.glob(f"{about.stem}.*"):
                     path.unlink()
 
@@ -354,7 +259,7 @@ class _Worker:
         seconds = round(time.monotonic() - self.started, 1)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        error = json.loads(self.answer.read_text(encoding="utf-8"))["error"] if self.answer.exists() else None
+        error = read_json(self.answer, error=str)["error"] if self.answer.exists() else None
         self.answer.unlink(missing_ok=True)
         if self.why_stopped and error != "":
             status = "interrupted" if self.why_stopped == "interrupted" else "failed"
@@ -380,7 +285,8 @@ def _execute_job() -> None:
         pass
     finally:
         _tidy(Path(job["output"]), paths)
-        Path(job["answer"]).write_text(json.dumps({"error": without_paths(error, paths)}), encoding="utf-8")
+        answer = json.dumps({"error": without_paths(error, paths)}).encode()
+        write_atomically(Path(job["answer"]), lambda file: file.write(answer))
 
 
 def _stop_when_input_closes() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from smoothbook.runner.run import chosen_notebooks, notebooks_dir
+from smoothbook.runner.notebooks import chosen_notebooks, notebooks_dir
 from smoothkit.records import write_atomically
 
 _ANSWER = re.compile(r"<details>\s*<summary>(?:Answer|Solution)[^<]*</summary>.*?</details>", re.DOTALL)

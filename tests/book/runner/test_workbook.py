@@ -1,5 +1,6 @@
 """Running notebooks and the gallery, on tiny notebooks written here."""
 
+import html
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from smoothbook.runner import gallery
+from smoothbook.runner import gallery, notebooks, pages
 from smoothbook.runner import run as workbook
 
 HINT = "<details><summary>Hint</summary>\n\nCount *twice*.\n\n</details>"
@@ -75,21 +76,21 @@ def run(source, tmp_path_factory):
 
 
 def test_committed_presets_load():
-    assert {"smoke", "digits"} <= set(workbook.presets())
-    for name, description in workbook.presets().items():
+    assert {"smoke", "digits"} <= set(notebooks.presets())
+    for name, description in notebooks.presets().items():
         assert description
-        workbook.load_preset(name)
+        notebooks.load_preset(name)
 
 
 def test_preset_and_notebook_names_are_checked(source, tmp_path):
     with pytest.raises(ValueError, match=r"preset 'digit' is unknown; did you mean 'digits'\? There are: digits, "):
-        workbook.load_preset("digit", source)
+        notebooks.load_preset("digit", source)
     with pytest.raises(ValueError, match=r"notebook '00_goood' is unknown; did you mean '00_good'\?"):
-        workbook.load_preset("unknown", source)
+        notebooks.load_preset("unknown", source)
     with pytest.raises(ValueError, match=r"notebook '30' is unknown") as failure:
         workbook.run_notebooks(["30"], out=tmp_path, source=source)
     assert "\n" not in str(failure.value)
-    assert workbook.presets(source)["digits"] == "The default."
+    assert notebooks.presets(source)["digits"] == "The default."
 
 
 def test_a_misspelt_parameter_is_an_error_before_anything_runs(source, tmp_path):
@@ -166,10 +167,9 @@ def test_notebook_page_draws_plotly_and_formulas(run):
     summary, _ = run
     page = (summary.out / "notebooks/00_good.html").read_text()
     assert page.count("Plotly.newPlot(") == 2  # figures.show and a figure as the value of a cell
-    assert page.count('class="sk-math"') == 2 and "<code>$x$</code>" in page
+    assert page.count("<math ") == 2 and page.count('display="inline"') == 1 and "<code>$x$</code>" in page
     assert '<details class="sk-solution">' in page
     assert re.search(r"<summary>Hint</summary>\s*<p>Count <em>twice</em>.</p>\s*</details>", page)
-    assert re.search(r'<span class="sk-display"><img [^>]*></span>', page)
     assert len(page) < 1_000_000
 
 
@@ -244,21 +244,38 @@ def test_ctrl_c_leaves_a_gallery_and_no_kernel(source, tmp_path):
 # --- pieces of the gallery ---
 
 
-def test_math_that_cannot_be_drawn_stays_readable():
-    shown = gallery.math_to_pictures(r"see $\begin{cases} a < b \end{cases}$ and $5 or $6, and `$y$`")
-    assert shown == r"see <code>\begin{cases} a &lt; b \end{cases}</code> and $5 or $6, and `$y$`"
+def test_tex_that_cannot_be_converted_stays_readable():
+    shown = html.unescape(pages.tex_to_mathml(r"see $\left( a < b$ and $\nonsense x$, $5 or $6, and `$y$`"))
+    assert shown == r"see <code>\left( a < b</code> and <code>\nonsense x</code>, $5 or $6, and `$y$`"
 
 
 @pytest.mark.parametrize(
-    "tex", [r"\tfrac12", r"\lVert x \rVert_2 \le r", r"\operatorname{argmax}_c p_c", r"x_{\text{max}} \ge \textstyle 1"]
+    ("tex", "holds"),
+    [
+        (r"\tfrac12", "<mfrac><mn>1</mn><mn>2</mn></mfrac>"),
+        (r"\lVert x \rVert_2 \le r", "‖"),
+        (r"\operatorname{argmax}_c p_c", "<mo>argmax</mo>"),
+        (r"x_{\text{max}} \ge \textstyle 1", "<mtext>max</mtext>"),
+        (r"g(x) = \arg\max_c \mathbb{P}(f(x + \varepsilon) = c)", "<mo>arg</mo>"),
+        (r"\begin{cases} a & a < b \\ b & \text{otherwise} \end{cases}", "<mtable"),
+        (r"R = \sigma\,\Phi^{-1}(\underline{p_A})", "<munder>"),
+    ],
 )
-def test_common_spellings_are_drawn(tex):
-    assert gallery.math_to_pictures(f"${tex}$").startswith('<img class="sk-math"')
+def test_common_tex_is_drawn(tex, holds):
+    shown = html.unescape(pages.tex_to_mathml(f"${tex}$"))
+    assert shown.startswith("<math ") and holds in shown and "\\" not in shown
+
+
+def test_markdown_leaves_formulas_alone(tmp_path):
+    """Stars, bars and underscores of a formula are nobody's emphasis or table."""
+    write_notebook(tmp_path / "a.ipynb", "# $p^* * q^*$ and $a\\_b | c\\_d$\n\n| $|x|$ | y |\n| - | - |\n| 1 | 2 |")
+    page = pages.notebook_page(tmp_path / "a.ipynb")
+    assert page.count("<math ") == 3 and page.count("<em>") == 0 and "<td>2</td>" in page
 
 
 def test_remote_elements_are_stripped():
     page = '<script src="https://a.b/c.js"></script><link rel=x href=//a.b/c.css><script src="here.js"></script>'
-    assert gallery.strip_remote(page) == '<script src="here.js"></script>'
+    assert pages.strip_remote(page) == '<script src="here.js"></script>'
 
 
 def test_paths_inside_longer_words_stay():
@@ -268,7 +285,14 @@ def test_paths_inside_longer_words_stay():
 
 
 def test_index_of_an_empty_folder(tmp_path):
-    assert workbook.build_gallery(tmp_path).read_text().startswith("<!DOCTYPE html>")
+    assert gallery.build_gallery(tmp_path).read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("name", notebooks.notebook_names())
+def test_every_notebook_says_what_it_is(name):
+    about = notebooks.about(notebooks.notebooks_dir() / f"{name}.ipynb")
+    assert about.title and about.level in {"beginner", "intermediate", "advanced", "all"}
+    assert len(about.minutes) >= 2 and all(0 < m <= 30 for m in about.minutes)
 
 
 def test_settings_are_what_the_notebook_ran_with(tmp_path):
@@ -280,3 +304,29 @@ def test_settings_are_what_the_notebook_ran_with(tmp_path):
         injected,
     )
     assert gallery.notebook_settings(path) == {"n": "5", "where": '"a # b"'}
+
+
+# --- the API reference ---
+
+
+def test_the_reference_has_signatures_and_shapes_and_asks_no_network(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc is not installed: pip install -e '.[docs]'")
+    from smoothbook.runner.reference import build_reference
+
+    build_reference(tmp_path, ["smoothkit.certify.fixed", "smoothkit.types"])
+    text = html.unescape(re.sub(r"<[^>]+>", "", (tmp_path / "smoothkit/certify/fixed.html").read_text()))
+    assert re.search(r"def\s+certify_votes\(\s*selection:\s*smoothkit\.types\.Votes,\s*estimation:", text)
+    assert re.search(r"selection \(Votes\):\s+Counts of shape \(num_classes,\) over n0 noisy copies\.", text)
+    start = (tmp_path / "index.html").read_text()
+    assert 'href="smoothkit/certify/fixed.html"' in start and "<p>Certification and prediction from" in start
+    for page in tmp_path.rglob("*.html"):
+        found = re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"([^\"]*)", page.read_text())
+        assert all(source.startswith("data:") for source in found), page
+        assert not re.search(r"url\(\"?(?:https?:)?//|@import|fetch\(\"?http", page.read_text()), page
+
+
+def test_the_index_links_to_the_reference_where_there_is_one(tmp_path):
+    assert "API reference" not in gallery.build_gallery(tmp_path / "digits").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.html").write_text("")
+    assert '<a href="../docs/index.html">API reference</a>' in gallery.build_gallery(tmp_path / "digits").read_text()

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from smoothbook.cli import main
-from smoothbook.runner.run import notebook_names
+from smoothbook.runner.notebooks import notebook_names
 from smoothbook.runner.workshop import YOUR_ANSWER, participants_copy, write_workshop
 
 NAMES = notebook_names()
