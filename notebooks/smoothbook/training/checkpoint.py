@@ -21,7 +21,13 @@ def read_checkpoint(out: Path | None, device: torch.device | str = "cpu") -> dic
     """What the checkpoint in a folder keeps, if there is one."""
     if out is None or not (out / CHECKPOINT).is_file():
         return None
-    return torch.load(out / CHECKPOINT, weights_only=True, map_location=device)
+    try:
+        return torch.load(out / CHECKPOINT, weights_only=True, map_location=device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a damaged archive raises is as manifold as its bytes
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{out / CHECKPOINT} cannot be read ({what}); move it away and train again") from None
 
 
 def check_identity(saved: dict, wanted: dict, out: Path) -> None:

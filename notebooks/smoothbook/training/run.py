@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,19 +109,19 @@ class Run(abc.ABC):
             self.validation_pixels = None if self.validated is None else Pixels(self.validated, self.device)
         title = self.settings.description or f"training {getattr(self.model, 'name', type(self.model).__name__)}"
         with (
-            TrainingProgress(self.steps * self.batch, title, show=self.settings.progress) as bar,
+            _Bar(self.steps * self.batch, title, show=self.settings.progress) as bar,
             _global_draws_kept(self.device),
-            Interrupt() as interrupt,
+            _interruptible() as interrupt,
         ):
             bar.update(self.step * self.batch)
             try:
                 while self.step < self.steps and not interrupt.asked:
                     self._advance()
-                    bar.note(self.summary())
+                    bar.note(f"{title}, {self.summary()}")
                     bar.update(self.batch)
                     if self.step % self.row_every == 0 or self.step == self.steps:
                         self._end_row()
-                        interrupt.call(on_row, self.rows)
+                        interrupt.asked |= _asks_to_stop(on_row, self.rows)
             finally:
                 for pixels in {self.pixels, self.validation_pixels} - {None}:
                     pixels.close()
@@ -271,41 +272,38 @@ def _global_draws_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-class TrainingProgress(Progress):
-    """The progress bar with a changing note, as loss and accuracy."""
-
-    def __init__(self, total: int, description: str, *, show: bool = True) -> None:
-        self._title = description
-        super().__init__(total, description, show=show)
-
+class _Bar(Progress):
     def note(self, text: str) -> None:
-        self.description = f"{self._title}, {text}"
+        """Another text in front, as loss and accuracy change."""
+        self.description = text
         if self._bar is not None:
-            self._bar.set_description_str(self.description, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
 
 
-class Interrupt:
-    """Ctrl-C asks to stop after the step under way; a second one stops at once."""
+@contextlib.contextmanager
+def _interruptible() -> Iterator[SimpleNamespace]:
+    """Ctrl-C sets `asked`, so that the step under way is finished; a second one stops at once."""
+    interrupt, before = SimpleNamespace(asked=False), None
 
-    def __enter__(self) -> "Interrupt":
-        self.asked, self._before = False, None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def call(self, callback: Callable[[Rows], None] | None, rows: Rows) -> None:
-        """A callback between steps may also ask, by raising KeyboardInterrupt."""
-        try:
-            if callback is not None:
-                callback(rows)
-        except KeyboardInterrupt:
-            self.asked = True
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
+    def ask(*_: object) -> None:
+        if interrupt.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        interrupt.asked = True
 
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield interrupt
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _asks_to_stop(on_row: Callable[[Rows], None] | None, rows: Rows) -> bool:
+    """Hand the rows on; raising KeyboardInterrupt is how a callback asks."""
+    try:
+        if on_row is not None:
+            on_row(rows)
+    except KeyboardInterrupt:
+        return True
+    return False
