@@ -17,23 +17,15 @@ from smoothkit.types import ABSTAIN
 def check_radius(answer: Callable[[int, int, float, float], float], *, strict: bool = False) -> None:
     """`answer(k, n, sigma, alpha)` is the certified radius of k votes in n; 0 where there is none."""
     cases = [
-        (990, 1000, 0.25, 0.001),
-        (600, 1000, 0.25, 0.001),
-        (1000, 1000, 0.5, 0.001),
-        (500, 1000, 0.25, 0.001),
+        (990, 1000, 0.25, 0.001), (600, 1000, 0.25, 0.001), (1000, 1000, 0.5, 0.001), (500, 1000, 0.25, 0.001),
         (0, 10, 1.0, 0.05),
-    ]
-    return _numbers(
-        answer,
-        [(case, float(radius(clopper_pearson_lower(case[0], case[1], case[3]), case[2]))) for case in cases],
-        strict,
-    )
+    ]  # fmt: skip
+    _check(answer, lambda k, n, sigma, alpha: float(radius(clopper_pearson_lower(k, n, alpha), sigma)), cases, strict)
 
 
 def check_samples_for_radius(answer: Callable[[float, float, float], int], *, strict: bool = False) -> None:
     """`answer(r, sigma, alpha)` is the fewest samples whose unanimous vote certifies radius r."""
-    cases = [(0.5, 0.25, 0.001), (0.25, 0.25, 0.001), (1.0, 0.5, 0.05)]
-    return _numbers(answer, [(case, _fewest(*case)) for case in cases], strict)
+    _check(answer, _fewest, [(0.5, 0.25, 0.001), (0.25, 0.25, 0.001), (1.0, 0.5, 0.05)], strict)
 
 
 def _fewest(r: float, sigma: float, alpha: float) -> int:
@@ -46,21 +38,15 @@ def _fewest(r: float, sigma: float, alpha: float) -> int:
 def check_upper_limit(answer: Callable[[int, int, float], float], *, strict: bool = False) -> None:
     """`answer(k, m, alpha)` is the largest success rate that k successes of m leave possible, at level alpha."""
     cases = [(0, 40, 0.05), (0, 1_000, 0.05), (3, 100, 0.01), (7, 7, 0.05)]
-    return _numbers(answer, [(case, float(clopper_pearson_upper(*case))) for case in cases], strict)
+    _check(answer, lambda *case: float(clopper_pearson_upper(*case)), cases, strict)
 
 
 def check_certified_accuracy(answer: Callable, *, strict: bool = False) -> None:
     """`answer(labels, predictions, radii, r)` is the certified accuracy at radius r over all inputs."""
-    labels, predictions, radii = (
-        np.array([3, 1, 4, 1, 5]),
-        np.array([3, 1, ABSTAIN, 2, 5]),
-        np.array([0.5, 0.2, 0.0, 0.9, 0.5]),
-    )
-    cases = [
-        ((labels, predictions, radii, r), share)
-        for r, share in ((0.0, 0.6), (0.2, 0.6), (0.3, 0.4), (0.5, 0.4), (0.8, 0.0))
-    ]
-    return _numbers(answer, cases, strict)
+    labels, predictions = np.array([3, 1, 4, 1, 5]), np.array([3, 1, ABSTAIN, 2, 5])
+    radii = np.array([0.5, 0.2, 0.0, 0.9, 0.5])
+    shares = {0.0: 0.6, 0.2: 0.6, 0.3: 0.4, 0.5: 0.4, 0.8: 0.0}
+    _check(answer, lambda *case: shares[case[-1]], [(labels, predictions, radii, r) for r in shares], strict)
 
 
 def check_share_certified(answer: Callable, *, strict: bool = False) -> None:
@@ -71,7 +57,7 @@ def check_share_certified(answer: Callable, *, strict: bool = False) -> None:
     votes = np.array([1000, 980, 870, 610, 500, 0])
     cases = [(votes, 1000, 0.25, 0.001, r) for r in (0.05, 0.25, 0.5, 0.7)]
     cases += [(votes, 1000, 0.5, 0.3, 0.6), (votes, 1000, 0.25, 0.3, 0.65)]
-    return _numbers(answer, [(case, _share_certified(*case)) for case in cases], strict)
+    _check(answer, _share_certified, cases, strict)
 
 
 def _share_certified(votes: np.ndarray, n: int, sigma: float, alpha: float, r: float) -> float:
@@ -81,8 +67,7 @@ def _share_certified(votes: np.ndarray, n: int, sigma: float, alpha: float, r: f
 def check_off_the_line(answer: Callable[[np.ndarray, np.ndarray], float], *, strict: bool = False) -> None:
     """`answer(direction, step)` is how far the step leads away from the line along the direction."""
     pairs = [([2.0, 0.0], [3.0, 4.0]), ([1.0, 1.0, 0.0], [1.0, -1.0, 2.0]), ([0.0, 3.0], [0.0, -5.0])]
-    cases = [tuple(np.array(v) for v in pair) for pair in pairs]
-    return _numbers(answer, [(case, _off_the_line(*case)) for case in cases], strict)
+    _check(answer, _off_the_line, [tuple(map(np.array, pair)) for pair in pairs], strict)
 
 
 def _off_the_line(direction: np.ndarray, step: np.ndarray) -> float:
@@ -99,8 +84,7 @@ LOGITS = (  # of a few noisy copies of one image
 
 def check_soft_smoothed_loss(answer: Callable[[np.ndarray, int], float], *, strict: bool = False) -> None:
     """`answer(logits, label)` is the attacker's objective of SmoothAdv, from the logits [m, K] of m noisy copies."""
-    cases = [((logits, label), _soft_smoothed_loss(logits, label)) for logits in LOGITS for label in (0, 1)]
-    return _numbers(answer, cases, strict)
+    _check(answer, _soft_smoothed_loss, [(logits, label) for logits in LOGITS for label in (0, 1)], strict)
 
 
 def _soft_smoothed_loss(logits: np.ndarray, label: int) -> float:
@@ -109,7 +93,7 @@ def _soft_smoothed_loss(logits: np.ndarray, label: int) -> float:
 
 def check_consistency(answer: Callable[[np.ndarray], float], *, strict: bool = False) -> None:
     """`answer(logits)` is the mean divergence KL(mean || each) of m noisy copies, from their logits [m, K]."""
-    return _numbers(answer, [((logits,), _consistency(logits)) for logits in LOGITS], strict)
+    _check(answer, _consistency, [(logits,) for logits in LOGITS], strict)
 
 
 def _consistency(logits: np.ndarray) -> float:
@@ -120,8 +104,7 @@ def _consistency(logits: np.ndarray) -> float:
 
 def check_slab_radius(answer: Callable[[float], float], *, strict: bool = False) -> None:
     """`answer(sigma)` is the radius that can be certified at 0 for the class |u| < 1 on a line; 0 where there is none."""
-    cases = [((sigma,), _slab_radius(sigma)) for sigma in (0.25, 0.5, 0.75, 1.0, 1.4, 1.6, 3.0)]
-    return _numbers(answer, cases, strict)
+    _check(answer, _slab_radius, [(sigma,) for sigma in (0.25, 0.5, 0.75, 1.0, 1.4, 1.6, 3.0)], strict)
 
 
 def _slab_radius(sigma: float) -> float:
@@ -133,17 +116,10 @@ BALLS = ((0.0, 0, 1.0), (3.0, 1, 1.5))  # x, label, radius on a line
 
 def check_memory_radius(answer: Callable, *, strict: bool = False) -> None:
     """`answer(x, label, radius, balls)` is the radius a memory on a line keeps for x; `balls` holds (x, label, radius)."""
-    questions = (
-        (1.2, 0, 0.8),
-        (0.4, 0, 0.5),
-        (2.5, 0, 0.25),
-        (2.0, 0, 0.9),
-        (0.9, 1, 0.5),
-        (-3.0, 1, 1.0),
-        (-3.0, 1, 4.0),
-    )
-    cases = [((*question, BALLS), _memory_radius(*question, BALLS)) for question in questions]
-    return _numbers(answer, cases, strict)
+    questions = [
+        (1.2, 0, 0.8), (0.4, 0, 0.5), (2.5, 0, 0.25), (2.0, 0, 0.9), (0.9, 1, 0.5), (-3.0, 1, 1.0), (-3.0, 1, 4.0),
+    ]  # fmt: skip
+    _check(answer, _memory_radius, [(*question, BALLS) for question in questions], strict)
 
 
 def _memory_radius(x: float, label: int, radius: float, balls: Iterable[tuple[float, int, float]]) -> float:
@@ -159,8 +135,7 @@ def check_prototype_margin(answer: Callable, *, strict: bool = False) -> None:
         ([0.2, 0.7], [0.0, 1.0], [1.0, 0.0]),
         ([0.5] * 4, [0.4] * 4, [0.9] * 4),
     ]
-    cases = [(case, _prototype_margin(*case)) for case in (tuple(np.array(p) for p in row) for row in points)]
-    return _numbers(answer, cases, strict)
+    _check(answer, _prototype_margin, [tuple(map(np.array, row)) for row in points], strict)
 
 
 def _prototype_margin(x: np.ndarray, near: np.ndarray, far: np.ndarray) -> float:
@@ -169,13 +144,16 @@ def _prototype_margin(x: np.ndarray, near: np.ndarray, far: np.ndarray) -> float
 
 def check_alpha_bar(answer: Callable[[float], float], *, strict: bool = False) -> None:
     """`answer(sigma)` is the abar_t of a diffusion model on [-1, 1] that noise of sigma on [0, 1] stands for."""
-    return _numbers(answer, [((sigma,), 1 / (1 + 4 * sigma**2)) for sigma in (0.12, 0.25, 0.5, 1.0)], strict)
+    _check(answer, lambda sigma: 1 / (1 + 4 * sigma**2), [(sigma,) for sigma in (0.12, 0.25, 0.5, 1.0)], strict)
 
 
 def check_clean_pixel(answer: Callable[[float, float, float], float], *, strict: bool = False) -> None:
     """`answer(x, epsilon, alpha_bar)` is the clean pixel on [0, 1] from x_t and the predicted noise."""
-    cases = [(0.7, 0.9, 0.8), (-0.3, -0.6, 0.5), (0.1, 0.0, 0.2)]
-    return _numbers(answer, [(c, ((c[0] - np.sqrt(1 - c[2]) * c[1]) / np.sqrt(c[2]) + 1) / 2) for c in cases], strict)
+    _check(answer, _clean_pixel, [(0.7, 0.9, 0.8), (-0.3, -0.6, 0.5), (0.1, 0.0, 0.2)], strict)
+
+
+def _clean_pixel(x: float, epsilon: float, alpha_bar: float) -> float:
+    return float(((x - np.sqrt(1 - alpha_bar) * epsilon) / np.sqrt(alpha_bar) + 1) / 2)
 
 
 def check_two_scales(answer: Callable[[float, float, float, float], float], *, strict: bool = False) -> None:
@@ -185,13 +163,10 @@ def check_two_scales(answer: Callable[[float, float, float, float], float], *, s
     nothing is proved.
     """
     cases = [
-        (0.99, 0.3, 0.25, 0.5),
-        (0.99, 0.45, 0.25, 0.5),
-        (0.6, 0.01, 0.25, 1.0),
-        (0.9, 0.52, 0.25, 0.5),
+        (0.99, 0.3, 0.25, 0.5), (0.99, 0.45, 0.25, 0.5), (0.6, 0.01, 0.25, 1.0), (0.9, 0.52, 0.25, 0.5),
         (0.4, 0.1, 0.5, 1.0),
-    ]
-    return _numbers(answer, [(case, _two_scales(*case)) for case in cases], strict)
+    ]  # fmt: skip
+    _check(answer, _two_scales, cases, strict)
 
 
 def _two_scales(lower: float, upper: float, small: float, large: float) -> float:
@@ -200,25 +175,27 @@ def _two_scales(lower: float, upper: float, small: float, large: float) -> float
 
 def check_alpha_share(answer: Callable[[float, int], float], *, strict: bool = False) -> None:
     """`answer(alpha, scales)` is what each bound may fail with, a lower and an upper one for every scale."""
-    cases = [((0.001, 3), 0.001 / 6), ((0.05, 2), 0.05 / 4)]
-    return _numbers(answer, cases, strict)
+    _check(answer, lambda alpha, scales: alpha / (2 * scales), [(0.001, 3), (0.05, 2)], strict)
 
 
-def _numbers(answer: Callable, cases: Iterable[tuple[tuple, float]], strict: bool) -> None:
-    for arguments, expected in cases:
-        shown = ", ".join(str(a.tolist() if isinstance(a, np.ndarray) else a) for a in arguments)
-        try:
-            got = answer(*arguments)
-        except Exception as error:
-            return _wrong(f"answer({shown}) raised {type(error).__name__}: {error}", strict)
-        if got is None or got is Ellipsis:
-            return _wrong("no answer yet: replace the dots", strict)
-        if not np.isscalar(got) or not np.isclose(float(got), expected, rtol=1e-6, atol=1e-9):
-            return _wrong(f"answer({shown}) gave {got}, expected {expected:.6g}", strict)
-    print("All cases right.")
+def _check(answer: Callable, right: Callable, cases: Iterable[tuple], strict: bool) -> None:
+    """Say of the first case in which `answer` and `right` differ, or that all agree."""
+    wrong = next(filter(None, (_wrong(answer, right, case) for case in cases)), "")
+    if wrong and strict:
+        raise AssertionError(wrong)
+    print(f"Not yet: {wrong}" if wrong else "All cases right.")
 
 
-def _wrong(what: str, strict: bool) -> None:
-    if strict:
-        raise AssertionError(what)
-    print(f"Not yet: {what}")
+def _wrong(answer: Callable, right: Callable, case: tuple) -> str:
+    """What is wrong with one case, or nothing."""
+    shown = ", ".join(str(a.tolist() if isinstance(a, np.ndarray) else a) for a in case)
+    expected = right(*case)
+    try:
+        got = answer(*case)
+    except Exception as error:
+        return f"answer({shown}) raised {type(error).__name__}: {error}"
+    if got is None or got is Ellipsis:
+        return "no answer yet: replace the dots"
+    if not np.isscalar(got) or not np.isclose(float(got), expected, rtol=1e-6, atol=1e-9):
+        return f"answer({shown}) gave {got}, expected {expected:.6g}"
+    return ""
