@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import uuid
 from pathlib import Path
 
 import jinja2
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from smoothbook.figures.style import FONT
+from smoothkit.records import read_json, write_atomically
 
 PLOTLY_JS = "plotly.min.js"
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -130,7 +130,14 @@ def keep(
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     table.to_csv(folder / f"{name}.csv", index=False)
     about = {"name": name, "caption": caption, "order": next(_saved), "notebook": os.environ.get("SMOOTHKIT_NOTEBOOK")}
-    (folder / f"{name}.json").write_text(json.dumps({**about, **what}), encoding="utf-8")
+    text = json.dumps({**about, **what})
+    write_atomically(folder / f"{name}.json", lambda file: file.write(text.encode()))
+
+
+def read_figure(path: Path) -> dict:
+    """What `keep` wrote as `<name>.json`; a ValueError names a file that is damaged."""
+    remedy = "delete it and run its notebook again"
+    return read_json(path, ValueError, remedy, name=str, caption=str, order=int, notebook=str | None)
 
 
 def figure_numbers(fig: go.Figure) -> pd.DataFrame:
@@ -154,9 +161,7 @@ def ensure_plotly_js(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / PLOTLY_JS, get_plotlyjs().encode()
     if not path.exists() or path.stat().st_size != len(content):
-        part = folder / f".{uuid.uuid4().hex}.part"  # notebooks run side by side: each writes its own, one rename wins
-        part.write_bytes(content)
-        part.replace(path)
+        write_atomically(path, lambda file: file.write(content))  # notebooks run side by side: one of them wins
     return path
 
 
@@ -167,11 +172,6 @@ def plotly_div(bundle: dict, div_id: str) -> str:
 
 def _to_draw(bundle: dict) -> dict:
     return {key: bundle[key] for key in ("data", "layout", "frames") if key in bundle} | {"config": PLOTLY_CONFIG}
-
-
-def script_json(value: object) -> str:
-    """JSON that is safe inside a script element."""
-    return jinja2.utils.htmlsafe_json_dumps(value)
 
 
 def save_print(fig: Figure, path: str | Path, table: pd.DataFrame) -> Path:

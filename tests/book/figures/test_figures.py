@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from smoothbook import figures
-from smoothbook.figures.show import figure_numbers, script_json
+from smoothbook.figures.show import figure_numbers, plotly_div
 
 
 def table(radius, correct=None, predict=None) -> pd.DataFrame:
@@ -226,8 +226,10 @@ def test_numbers_of_pictures_can_be_read_back():
 
 
 def test_json_in_a_page_cannot_end_its_script():
-    shown = script_json({"title": "</script><!-- x"})
-    assert "</" not in shown and "<!--" not in shown and json.loads(shown) == {"title": "</script><!-- x"}
+    div = plotly_div({"data": [], "layout": {"title": {"text": "</script><!-- x"}}}, "plot")
+    assert div.count("</script>") == 1 and "<!--" not in div
+    shown = json.loads(div.split('Plotly.newPlot("plot", ')[1].split(");</script>")[0])
+    assert shown["layout"]["title"]["text"] == "</script><!-- x"
 
 
 # --- print ---
