@@ -142,6 +142,18 @@ def linked(panel: Panel, name: str, control: widgets.Widget) -> widgets.Widget:
     return control
 
 
+def image_number(panel: Panel) -> widgets.Widget:
+    """The image looked at, as a number to type."""
+    most = len(panel.images) - 1
+    return linked(panel, "image", widgets.BoundedIntText(min=0, max=most, description="image", style=LABEL))
+
+
+def sigma_slider(panel: Panel) -> widgets.Widget:
+    """sigma as a slider that asks for votes when it is let go."""
+    how = dict(min=0.02, max=2.0, step=0.01, continuous_update=False, style=LABEL)
+    return linked(panel, "sigma", widgets.FloatSlider(value=panel.sigma, description="sigma", **how))
+
+
 class AlphaControl(widgets.Box):
     """alpha as a slider from one in a million to one half, and as a number for any value between."""
 

@@ -19,7 +19,17 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from smoothbook import figures
-from smoothbook.panels.base import LABEL, AlphaControl, Panel, linked, note, row, thumbnail
+from smoothbook.panels.base import (
+    LABEL,
+    AlphaControl,
+    Panel,
+    image_number,
+    linked,
+    note,
+    row,
+    sigma_slider,
+    thumbnail,
+)
 from smoothbook.panels.job import Job
 from smoothkit import Purpose, noisy_copies
 from smoothkit.certify.betting import kt_lower, kt_upper
@@ -202,21 +212,16 @@ class ImagePanel(Panel):
         super().__init__(dict(image=image, sigma=sigma, alpha=alpha, n=n, n0=n0, seed=seed))
 
     def controls(self) -> Sequence[widgets.Widget]:
-        names = [(f"image {i}: {self._name(int(self.images.labels[i]))}{text}", i) for i, text in self._offered]
+        names = [
+            (f"image {i}: {self.images.class_name(int(self.images.labels[i]))}{text}", i) for i, text in self._offered
+        ]
         here = (f"image {self.image}", self.image)
         self.picker = widgets.Dropdown(options=[here, *names], description="pick", style=LABEL)
         self.picker.observe(self._picked, "value")
-        number = widgets.BoundedIntText(
-            min=0, max=len(self.images) - 1, description="image", style=LABEL, layout={"width": "12em"}
-        )
-        sigma = widgets.FloatSlider(
-            value=self.sigma, min=0.02, max=2.0, step=0.01, description="sigma", continuous_update=False, style=LABEL
-        )
-        n = widgets.BoundedIntText(
-            min=PIECE, max=1_000_000, step=PIECE, description="n", style=LABEL, layout={"width": "13em"}
-        )
-        self.number, self.n_number = linked(self, "image", number), linked(self, "n", n)
-        self.sigma_slider, self.alpha_control = linked(self, "sigma", sigma), AlphaControl(self)
+        n = widgets.BoundedIntText(min=PIECE, max=1_000_000, step=PIECE, description="n", style=LABEL)
+        self.number, self.n_number = image_number(self), linked(self, "n", n)
+        self.number.layout.width = self.n_number.layout.width = "13em"
+        self.sigma_slider, self.alpha_control = sigma_slider(self), AlphaControl(self)
         self.job = Job("Sample", self._sample, self.complain)
         gallery = widgets.HTML("".join(self._offer(i, text) for i, text in self._offered), layout={"overflow": "auto"})
         return [
@@ -224,9 +229,6 @@ class ImagePanel(Panel):
             row(self.picker, self.number, self.n_number),
             row(self.sigma_slider, self.alpha_control, self.job),
         ]
-
-    def _name(self, c: int) -> str:
-        return self.images.class_name(c)
 
     def _offer(self, i: int, text: str) -> str:
         return thumbnail(self.images[i].numpy(), f"{i}<br>{html.escape(text.strip(', '))}", side=44)
@@ -249,7 +251,7 @@ class ImagePanel(Panel):
             self._shown = self._look(image)
         copies, answers, distances, classes = self._shown
         selection, estimation = self._votes or (Votes(np.zeros(classes, int), 0), Votes(np.zeros(classes, int), 0))
-        names = [self._name(c) for c in range(classes)]
+        names = [self.images.class_name(c) for c in range(classes)]
         certificate = certificate_so_far(
             selection, estimation, sigma=self.sigma, alpha=self.alpha, noise=str(NoiseForm(self.images.grid)),
             class_names=names,
@@ -257,11 +259,16 @@ class ImagePanel(Panel):
         votes = dict(counts=estimation.counts, n=estimation.n, class_names=names, certificate=certificate)
         if self._drawn is None:
             self._drawn = image_figure(
-                image.numpy(), copies.numpy(), [self._name(a) for a in answers], distances=distances, title="", **votes
+                image.numpy(),
+                copies.numpy(),
+                [self.images.class_name(a) for a in answers],
+                distances=distances,
+                title="",
+                **votes,
             )
         else:
             move_votes(self._drawn, **votes)
-        label = html.escape(self._name(int(self.images.labels[self.image])))
+        label = html.escape(self.images.class_name(int(self.images.labels[self.image])))
         about = f"Image {self.image}, a “{label}”, at sigma = {self.sigma:g}, alpha = {self.alpha:.3g}"
         self._drawn.layout.title.text = about
         return self._drawn, note(self._sentence(certificate))

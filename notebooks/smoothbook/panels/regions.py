@@ -55,7 +55,7 @@ def slice_figure(
     if smoothed is None:
         fig.add_annotation(text="votes are on their way", x=0, y=0.6 * plane.half, showarrow=False, row=1, col=2)
     below = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2, "yanchor": "top"}
-    return fig.update_layout(height=590, legend=below, margin={"t": 104, "b": 40}, uirevision="slice")
+    return fig.update_layout(height=600, legend=below, margin={"t": 116, "b": 40}, uirevision="slice")
 
 
 def _regions(plane, grid, shares, present: list[int], class_names: Sequence[str]) -> go.Heatmap:

@@ -11,7 +11,17 @@ import traitlets
 from torch import Tensor
 
 from smoothbook import figures
-from smoothbook.panels.base import LABEL, AlphaControl, EdgeControl, Panel, linked, note, row
+from smoothbook.panels.base import (
+    LABEL,
+    AlphaControl,
+    EdgeControl,
+    Panel,
+    image_number,
+    linked,
+    note,
+    row,
+    sigma_slider,
+)
 from smoothbook.panels.job import Job
 from smoothbook.panels.plane import (
     BASE_SIDE,
@@ -36,6 +46,8 @@ KEPT = 12  # sampled planes remembered
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sampled:
+    """What was asked of one plane, and counted on it so far."""
+
     plane: Plane
     base: np.ndarray
     selection: Votes
@@ -91,13 +103,9 @@ class SlicePanel(Panel):
         self.job.start()
 
     def controls(self) -> Sequence[widgets.Widget]:
-        number = widgets.BoundedIntText(min=0, max=len(self.images) - 1, description="image", style=LABEL)
         direction = widgets.Dropdown(options=DIRECTIONS, value=self.direction, description="direction", style=LABEL)
-        sigma = widgets.FloatSlider(
-            value=self.sigma, min=0.02, max=2.0, step=0.01, description="sigma", continuous_update=False, style=LABEL
-        )
-        self.image_number, self.direction_choice = linked(self, "image", number), linked(self, "direction", direction)
-        self.sigma_slider, self.alpha_control = linked(self, "sigma", sigma), AlphaControl(self)
+        self.image_number, self.direction_choice = image_number(self), linked(self, "direction", direction)
+        self.sigma_slider, self.alpha_control = sigma_slider(self), AlphaControl(self)
         self.n_control = EdgeControl(self)
         self.job = Job(f"Refine to {FINE}x{FINE}", self._sample, self.complain, start_with=self._ask_fine)
         return [
