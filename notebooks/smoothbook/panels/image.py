@@ -212,11 +212,9 @@ class ImagePanel(Panel):
         super().__init__(dict(image=image, sigma=sigma, alpha=alpha, n=n, n0=n0, seed=seed))
 
     def controls(self) -> Sequence[widgets.Widget]:
-        names = [
-            (f"image {i}: {self.images.class_name(int(self.images.labels[i]))}{text}", i) for i, text in self._offered
-        ]
-        here = (f"image {self.image}", self.image)
-        self.picker = widgets.Dropdown(options=[here, *names], description="pick", style=LABEL)
+        options = [(f"image {self.image}", self.image)]
+        options += [(f"image {i}: {self._label(i)}{text}", i) for i, text in self._offered]
+        self.picker = widgets.Dropdown(options=options, description="pick", style=LABEL)
         self.picker.observe(self._picked, "value")
         n = widgets.BoundedIntText(min=PIECE, max=1_000_000, step=PIECE, description="n", style=LABEL)
         self.number, self.n_number = image_number(self), linked(self, "n", n)
@@ -229,6 +227,9 @@ class ImagePanel(Panel):
             row(self.picker, self.number, self.n_number),
             row(self.sigma_slider, self.alpha_control, self.job),
         ]
+
+    def _label(self, i: int) -> str:
+        return self.images.class_name(int(self.images.labels[i]))
 
     def _offer(self, i: int, text: str) -> str:
         return thumbnail(self.images[i].numpy(), f"{i}<br>{html.escape(text.strip(', '))}", side=44)
@@ -258,17 +259,11 @@ class ImagePanel(Panel):
         )  # fmt: skip
         votes = dict(counts=estimation.counts, n=estimation.n, class_names=names, certificate=certificate)
         if self._drawn is None:
-            self._drawn = image_figure(
-                image.numpy(),
-                copies.numpy(),
-                [self.images.class_name(a) for a in answers],
-                distances=distances,
-                title="",
-                **votes,
-            )
+            shown = (image.numpy(), copies.numpy(), [names[a] for a in answers])
+            self._drawn = image_figure(*shown, distances=distances, title="", **votes)
         else:
             move_votes(self._drawn, **votes)
-        label = html.escape(self.images.class_name(int(self.images.labels[self.image])))
+        label = html.escape(self._label(self.image))
         about = f"Image {self.image}, a “{label}”, at sigma = {self.sigma:g}, alpha = {self.alpha:.3g}"
         self._drawn.layout.title.text = about
         return self._drawn, note(self._sentence(certificate))
