@@ -7,10 +7,27 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import yaml
 
 
 class RowError(ValueError):
     """A row that cannot be read; the message names the file, the row and what would do."""
+
+
+def read_yaml(path: Path, error: type[ValueError] = RowError, loader: type = yaml.SafeLoader) -> typing.Any:
+    """What a YAML file holds.
+
+    Raises
+    ------
+    error
+        If it is no YAML, or no text at all; it names the file.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise error(f"{path.name} is no YAML ({str(problem).splitlines()[0]})") from None
 
 
 def _check_keys(where: str, settings: dict, known: Sequence[str]) -> None:

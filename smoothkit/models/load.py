@@ -6,14 +6,14 @@ Resize and normalisation live inside, after the noise, so sigma and radius keep 
 import copy
 import difflib
 import hashlib
-import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smoothkit.data import data_dir
 from smoothkit.models.base import BaseClassifier
+from smoothkit.records import read_json
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 
@@ -67,6 +67,17 @@ def _is_half(module: nn.Module) -> bool:
     return all(torch.equal(v, v.half().to(v.dtype)) for v in floats)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds, on the CPU; a ValueError names a file that is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); restore it from a copy") from None
+
+
 # --- loading by name -------------------------------------------------------------------------------
 
 
@@ -77,7 +88,7 @@ def starters() -> list[str]:
 
 def starter_card(name: str) -> dict:
     """How a starter was made, its accuracy clean and under noise, its sha256."""
-    return json.loads((_starter_folder(name) / "card.json").read_text())
+    return read_json(_starter_folder(name) / "card.json", ValueError)
 
 
 def load(
@@ -121,8 +132,15 @@ def load(
         _check_local_dir(folder)
     elif not location:
         _check_timm_name(name)
-    base = _wrapped(_network(name, folder, pretrained, num_classes, model_args), name)
-    stored = {} if folder is None else json.loads((folder / "config.json").read_text())
+    stored = {} if folder is None else read_json(folder / "config.json", ValueError, architecture=str)
+    try:
+        base = _wrapped(_network(name, folder, pretrained, num_classes, model_args), name)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged config.json may say anything
+        if folder is None:
+            raise
+        raise ValueError(f"{folder} makes no model with these settings ({_first_line(error)})") from None
     base.made_with = {**stored.get("model_args", {}), **model_args}
     wanted = size or model_args.get("img_size")
     if wanted is not None:
@@ -209,7 +227,7 @@ def _starter_folder(name: str) -> Path:
 
 
 def _check_sha256(folder: Path) -> None:
-    stated = json.loads((folder / "card.json").read_text())["sha256"]
+    stated = read_json(folder / "card.json", ValueError, sha256=str)["sha256"]
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != stated:
         raise ValueError(

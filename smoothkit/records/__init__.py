@@ -9,6 +9,7 @@ from smoothkit.records.format import (
     RecordError,
     Row,
     has_checksum,
+    parse_json,
     read_json,
     write_atomically,
 )
@@ -17,5 +18,5 @@ from smoothkit.records.share import compact, merge, pack
 
 __all__ = [
     "BLOCK_KEY", "ESTIMATE", "PER_IMAGE", "SELECT", "Identity", "Record", "RecordError", "Row", "compact", "create_record",
-    "has_checksum", "merge", "open_record", "pack", "read_json", "write_atomically",
+    "has_checksum", "merge", "open_record", "pack", "parse_json", "read_json", "write_atomically",
 ]  # fmt: skip

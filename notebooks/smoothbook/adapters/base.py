@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smoothbook.settings import check_keywords, check_type
 from smoothkit.models import BaseClassifier, fingerprint
+from smoothkit.models.load import read_tensors
+from smoothkit.records import read_json
 from smoothkit.types import check_sigma
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -98,7 +100,7 @@ class Adapted(BaseClassifier):
 
     def load_weights(self, folder: Path) -> "Adapted":
         """Fill in the saved parameters; the base has been checked."""
-        saved, own = load_file(folder / WEIGHTS), self.adapter_state()
+        saved, own = read_tensors(folder / WEIGHTS), self.adapter_state()
         if saved.keys() != own.keys():
             odd = sorted(saved.keys() ^ own.keys())
             raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(odd)} names differ, as {odd[0]!r}")
@@ -320,9 +322,7 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}; adapters are folders written by their save()")
-    config = json.loads(path.read_text())
-    check_type(f"{path}", dict, config)
-    check_type(f"{path}: kind", str, config.get("kind"))
+    config = read_json(path, ValueError, kind=str)
     if config["kind"] not in LOADERS:
         raise ValueError(f"{folder} holds an adapter of kind {config['kind']!r}, which load does not know")
     if "sigmas" in config:  # one adapter a sigma, each in a folder of its own

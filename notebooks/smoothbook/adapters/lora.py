@@ -33,6 +33,7 @@ from smoothbook.adapters.base import (
     settings_of,
 )
 from smoothkit.models import BaseClassifier
+from smoothkit.models.load import read_tensors
 
 KIND = "lora"
 # regular expressions over module names: a plain list of names would match endings, and `proj` the patch embedding
@@ -217,9 +218,8 @@ def _load(config: dict, base: BaseClassifier, folder: Path, given: dict) -> Lora
 
 def _fill(model: LoraClassifier, name: str, folder: Path) -> None:
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    saved = load_file(folder / "adapter_model.safetensors")
+    saved = read_tensors(folder / "adapter_model.safetensors")
     expected = model.use(name).adapter_state()
     if saved.keys() != expected.keys():
         odd = sorted(saved.keys() ^ expected.keys())

@@ -1,6 +1,5 @@
 """A sigma for each input: what searching it costs beside a certificate, and what a memory of 10,000 images costs."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from smoothbook.sigma.memory import Memory
 from smoothbook.sigma.search import SigmaSearch, search_sigma
 from smoothkit import Purpose, data
 from smoothkit.data import DataMissing, data_dir
+from smoothkit.records import read_json
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.stream import VoteStream
 
@@ -90,7 +90,7 @@ def sigma(
 
 def sequential_samples() -> float:
     """Mean samples of a sequential certificate on CIFAR-10 at radius 0.5, over all sigmas, as `bench samples` found it."""
-    kept = json.loads((data_dir() / "benchmarks" / "samples.json").read_text())["rows"]
+    kept = read_json(data_dir() / "benchmarks" / "samples.json", ValueError, rows=list)["rows"]
     wanted = {"data": "cifar10", "radius": 0.5, "rule": "hybrid", "sigma": "all"}
     return next(float(r["mean"]) for r in kept if all(r[k] == v for k, v in wanted.items())) + N0
 

@@ -163,8 +163,10 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"{self.folder} is incomplete ({error}); restore it from a copy") from None
         told, digest = head["entries"], head["digest"]
+        if told < 0:
+            raise LedgerError(f"{self.folder / 'head.json'} counts {told} entries; restore the ledger from a copy")
         there = len(data) // self._step
-        if not 0 <= told <= there:
+        if told > there:
             raise LedgerError(
                 f"{self.folder} has lost entries: {there} are there, and {told} were; restore it from a copy, since "
                 f"what was promised for the others cannot be kept without them"

@@ -15,7 +15,7 @@ from smoothbook.sigma.sound import GEOMETRY, VOTES, keep_geometry
 from smoothbook.sigma.table import SigmaTable
 from smoothkit.data import Images
 from smoothkit.models import BaseClassifier, fingerprint
-from smoothkit.records import Record, compact, open_record, write_atomically
+from smoothkit.records import Record, compact, open_record, read_json, write_atomically
 from smoothkit.sampling.run import collect_votes
 from smoothkit.types import StoppingRule, check_sigma
 
@@ -176,7 +176,7 @@ def _found(
     about |= {"seed": sampling["seed"]}
     path = None if out is None else out / "sigma.json"
     if path is not None and path.is_file():
-        kept = json.loads(path.read_text())
+        kept = read_json(path, remedy="move it away and run again: the search finds the same", sigma=list)
         if {k: kept.get(k) for k in about} == about:
             return np.array(kept["sigma"])
     searching = {k: sampling[k] for k in ("seed", "progress", "device") if k in sampling}

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from smoothbook.settings import RowError, _check_keys, _check_one_of, check_keywords, check_type
+from smoothbook.settings import RowError, _check_keys, _check_one_of, check_keywords, check_type, read_yaml
 from smoothkit.types import check_alpha, check_sigma
 
 CARD = "card.json"
@@ -167,10 +167,7 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
         For a misspelt key (the near one is named), a value that cannot be, or two rows of one name.
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-    except yaml.YAMLError as error:
-        raise RowError(f"{path.name} is no YAML ({str(error).splitlines()[0]})") from None
+    content = read_yaml(path, loader=_LOADER)
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise RowError(f"{path.name} must map `rows` to a list of rows (and may have `title` and `defaults`)")
     _check_keys(f"{path.name}: ", content, ("title", "defaults", "variants", "rows"))

@@ -9,7 +9,6 @@ Reading needs neither torch nor the models; `data/make_rows.py` makes the rows t
 """
 
 import functools
-import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from smoothbook.settings import RowError, _check_one_of, check_keywords, check_type
+from smoothbook.settings import RowError, _check_one_of, check_keywords, check_type, read_yaml
 from smoothbook.sigma.sound import read_sound
 from smoothbook.tables.settings import CARD, Row, load_rows
 from smoothkit.certify import certificates
 from smoothkit.reading import average_certified_radius, certified_accuracy, wilson_interval
 from smoothkit.reading.intervals import RADII
-from smoothkit.records import PER_IMAGE, RecordError, open_record
+from smoothkit.records import PER_IMAGE, RecordError, open_record, parse_json
 from smoothkit.types import round_down
 
 _OF_CARD = {"row": dict, "trained": int, "parameters": int, "steps": int, "seconds": float, "queries": int}
@@ -51,7 +49,7 @@ def kept_tables() -> list[str]:
 
     found = []
     for path in sorted((data_dir() / "rows").glob("*.yaml")):
-        variants = yaml.safe_load(path.read_text(encoding="utf-8")).get("variants") or {}
+        variants = dict(read_yaml(path)).get("variants") or {}
         found += [path.stem, *(f"{path.stem}:{variant}" for variant in variants)]
     return [name for name in found if (data_dir() / "records" / "rows" / name.replace(":", "-")).is_dir()]
 
@@ -84,8 +82,7 @@ def read_card(folder: str | Path) -> tuple[Row, dict[str, Any]]:
     """
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        check_type("the card", dict, card)
+        card = parse_json(path.read_bytes(), f"{path.parent.name}: {CARD}", RowError, "make the row again")
         for name, kind in _OF_CARD.items():
             if name in card or name != "queries":
                 check_type(name, kind, card[name])
@@ -93,6 +90,8 @@ def read_card(folder: str | Path) -> tuple[Row, dict[str, Any]]:
         return Row(**card["row"]), card
     except FileNotFoundError:
         raise RowError(f"{path.parent.name}: no {CARD}; make the row again") from None
+    except RowError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise RowError(f"{path.parent.name}: {CARD} cannot be read ({error}); make the row again") from None
 
