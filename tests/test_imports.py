@@ -32,7 +32,10 @@ MODULES_OF = {
     "smoothbook.panels": [
         "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
     ],
-    "smoothbook.bench": ["measure", "peers", "plan", "parts", "engine", "samples", "sigma", "panels"],
+    "smoothbook.bench": [
+        "registry", "measure", "peers", "plan", "parts", "engine", "overhead", "loop", "memory", "scaling", "samples",
+        "sigma", "panels", "run",
+    ],
     "smoothbook.runner": ["notebooks", "pages", "gallery", "reference", "run", "workshop", "exercises"],
 }  # fmt: skip
 WHERE = {"smoothkit": ROOT / "smoothkit", "smoothbook": ROOT / "notebooks" / "smoothbook"}

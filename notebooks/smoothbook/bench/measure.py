@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -131,20 +134,19 @@ def has_bfloat16(device: str) -> bool:
     """Whether bfloat16 is done in hardware: elsewhere it is many times slower than float32. In doubt yes."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    about = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not about.is_file():
-        return True
-    return any(flag in about.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    flags = _system_line("/proc/cpuinfo", "flags") if platform.machine() == "x86_64" else None
+    return flags is None or bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
 def _processor() -> str:
     """The processor's name; platform.processor() has none on Linux."""
-    about = Path("/proc/cpuinfo")
-    if about.is_file():
-        for line in about.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    return _system_line("/proc/cpuinfo", "model name") or platform.processor() or "unknown"
+
+
+def _system_line(path: str, key: str) -> str | None:
+    """What stands behind "key:" in a file of /proc; None where there is no such file or line."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
 
 
 # --- memory ------------------------------------------------------------------------------------------
@@ -161,11 +163,9 @@ def peak_memory() -> float:
 
     On Linux from VmHWM: ru_maxrss of a child also holds what its parent had when it was started.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
+    on_linux = _system_line("/proc/self/status", "VmHWM")
+    if on_linux is not None:
+        return int(on_linux.split()[0]) * 1024 / 1e6
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -174,9 +174,21 @@ def peak_memory() -> float:
 
 def available_memory() -> float:
     """Memory a new process can have, in MB; infinite where the system does not say."""
-    about = Path("/proc/meminfo")
-    if about.is_file():
-        for line in about.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return float("inf")
+    available = _system_line("/proc/meminfo", "MemAvailable")
+    return float("inf") if available is None else int(available.split()[0]) * 1024 / 1e6
+
+
+# --- processes ---------------------------------------------------------------------------------------
+
+
+def in_a_process(function: Callable[..., dict], *arguments: object, environment: dict[str, str] | None = None) -> dict:
+    """What a function of a module returns, as JSON, in a process of its own that has done nothing else."""
+    module, name = function.__module__, function.__name__
+    code = f"import json, {module} as m; print(json.dumps(m.{name}(*{arguments!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | (environment or {})
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{name}{arguments} failed: {said}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -9,9 +9,10 @@ import pandas as pd
 
 from smoothbook import figures
 from smoothbook.bench.measure import CPU_METHOD, Result, clock, interleaved, spread, torch_threads
+from smoothbook.bench.plan import made_up_rows
 from smoothkit import data, models
 from smoothkit.certify import certificates
-from smoothkit.records import ESTIMATE, SELECT, Identity, Record, Row, create_record
+from smoothkit.records import Identity, Record, create_record
 from smoothkit.types import StoppingRule
 
 SIGMA, CLASSES, N0 = 0.25, 10, 100
@@ -96,22 +97,15 @@ def _slices(sides: Sequence[int], samples: int, rounds: int) -> list[dict]:
 
 def _record(images: int, n: int) -> Record:
     """A record in memory with votes at the ends of its blocks drawn from known probabilities."""
-    rng = np.random.default_rng(0)
-    rule = StoppingRule(n0=N0, n=n, alpha=0.001)
+    rng, rule = np.random.default_rng(0), StoppingRule(n0=N0, n=n, alpha=0.001)
     identity = Identity(
         dataset="drawn", split="test", subset="all", model="drawn", fingerprint="", num_classes=CLASSES, sigma=SIGMA,
         seed=0, noise="float", precision="float32", stopping_rule=rule,
     )  # fmt: skip
-    record = create_record(None, identity)
-    p, labels = rng.beta(4, 0.5, images), rng.integers(CLASSES, size=images)
-    blocks = [(SELECT, 0, N0), *((ESTIMATE, a, b) for a, b in itertools.pairwise(rule.edges()))]
-    rows = []
-    for purpose, start, stop in blocks:
-        right = rng.binomial(stop - start, p)
-        for i, votes in enumerate(right.tolist()):
-            counts = [0] * CLASSES
-            counts[labels[i]] = votes
-            counts[(labels[i] + 1) % CLASSES] = stop - start - votes
-            rows.append(Row(i, str(i), i, "", int(labels[i]), purpose, start, stop, tuple(counts)))
+    record, rows = create_record(None, identity), []
+    for i, p_a in enumerate(rng.beta(4, 0.5, images)):
+        p = np.zeros(CLASSES)
+        p[rng.choice(CLASSES, 2, replace=False)] = p_a, 1 - p_a
+        rows += made_up_rows(rng, i, p, N0, n)
     record.append(rows, {})
     return record

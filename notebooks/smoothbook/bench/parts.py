@@ -1,7 +1,7 @@
 """The parts of a certificate on their own: noise, votes and bounds, per element."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -41,21 +41,18 @@ def noise(
     rows = []
     with torch_threads(1):
         for shape in shapes:
-            variants = _noises(shape, device)
-            for function in variants.values():
-                function()
-            repeated = {name: _repeated(function, calls) for name, function in variants.items()}
-            seconds = interleaved(repeated, rounds=rounds or (5 if quick else 15), now=clock(device))
-            for name in variants:
+            seconds = _seconds(_noises(shape, device), calls, rounds or (5 if quick else 15), device)
+            for name in seconds.columns:
                 rows.append(
                     {
                         "shape": "x".join(map(str, shape)),
                         "made by": name,
                         **spread("ns", seconds[name] / (calls * np.prod(shape)) * 1e9),
                         **spread("ratio", seconds[RANDN] / seconds[name]),
-                        **_over_reference(seconds, name),
                     }
                 )
+                if REFERENCE in seconds:
+                    rows[-1]["over reference"] = float((seconds[REFERENCE] / seconds[name]).median())
     table = pd.DataFrame(rows)
     return Result(
         table,
@@ -67,10 +64,6 @@ def noise(
 
 
 RANDN, OURS, REFERENCE = "torch.randn into a buffer", "our rows into a buffer", "numpy reference, normals"
-
-
-def _over_reference(seconds: pd.DataFrame, name: str) -> dict[str, float]:
-    return {"over reference": float((seconds[REFERENCE] / seconds[name]).median())} if REFERENCE in seconds else {}
 
 
 def _noises(shape: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
@@ -108,12 +101,19 @@ def _plain_copies(image: torch.Tensor, n: int) -> torch.Tensor:
     return copies + torch.randn_like(copies) * SIGMA
 
 
-def _repeated(function: Callable[[], object], calls: int) -> Callable[[], None]:
-    def run() -> None:
+def _seconds(
+    variants: Mapping[str, Callable[[], object]], calls: int, rounds: int, device: str = "cpu"
+) -> pd.DataFrame:
+    """Seconds of so many calls of each variant, [rounds x variants], once each has been called."""
+
+    def repeated(function: Callable[[], object]) -> None:
         for _ in range(calls):
             function()
 
-    return run
+    for function in variants.values():
+        function()
+    work = {name: functools.partial(repeated, function) for name, function in variants.items()}
+    return interleaved(work, rounds=rounds, now=clock(device))
 
 
 # --- votes -------------------------------------------------------------------------------------------
@@ -139,10 +139,7 @@ def votes(
                 "python loop": _loop_counter(logits, np.zeros(num_classes, dtype=np.int64)),
                 "ours": _our_counter(logits, counts),
             }
-            for function in variants.values():
-                function()
-            repeated = {name: _repeated(function, calls) for name, function in variants.items()}
-            seconds = interleaved(repeated, rounds=rounds or (5 if quick else 15), now=clock(device))
+            seconds = _seconds(variants, calls, rounds or (5 if quick else 15), device)
             ns = seconds.median() / (calls * batch) * 1e9
             rows.append(
                 {
@@ -199,9 +196,7 @@ def bounds(
         "ours": lambda: clopper_pearson_lower(k, n, alpha),
     }
     with torch_threads(1):
-        for function in variants.values():
-            function()
-        seconds = interleaved(variants, rounds=rounds or (3 if quick else 7), now=clock("cpu"))
+        seconds = _seconds(variants, 1, rounds or (3 if quick else 7))
     sizes = {"scipy, one call each": few, "ours": many}
     each = seconds / pd.Series(sizes)
     ratio = each["scipy, one call each"] / each["ours"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smoothkit.types import ABSTAIN
 
+PLAIN_BATCHES = (400, 1_000)  # of the published scripts, and the published default
 ART_MISSING = "ART is not installed, its rows are left out; pip install -e '.[peers]' brings it"
 
 

@@ -7,7 +7,6 @@ when some machines have nothing to do.
 
 import dataclasses
 import itertools
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import pandas as pd
 
 from smoothkit.certify.bounds import check_reach, radius_cap
 from smoothkit.data import DataMissing, data_dir, load
-from smoothkit.records import ESTIMATE, SELECT, Identity, Row, create_record
+from smoothkit.records import ESTIMATE, SELECT, Identity, Row, create_record, read_json
 from smoothkit.types import StoppingRule, block_edges, check_alpha, check_samples
 
 # images of the test split, shape, classes: of the sets that need not be at hand for a plan
@@ -33,14 +32,23 @@ SAMPLE = 50  # images of the part that is written to measure how large a record 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one way to sample takes. `gpu_hours` and what follows from it is None where no speed is known."""
+    """What one way to sample takes. `gpu_hours` and what follows from it is None where no speed or price is known."""
 
     rule: str
     samples_per_image: float
     calls: float
-    gpu_hours: float | None
-    hours: float | None
-    cost: float | None
+    gpu_hours: float | None = None
+    hours: float | None = None
+    cost: float | None = None
+
+    @classmethod
+    def of(cls, rule: str, samples: float, images: int, gpus: int, rate: float | None, price: float | None) -> "Cost":
+        """The cost of so many samples an image, shared by GPUs that draw `rate` a second and cost `price` an hour."""
+        calls = images * samples
+        if rate is None:
+            return cls(rule, samples, calls)
+        gpu_hours = calls / rate / 3_600
+        return cls(rule, samples, calls, gpu_hours, gpu_hours / min(gpus, images), price and gpu_hours * price)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +79,8 @@ class Plan:
         rows.append(("images sent, each once", _size(self.bytes_out)))
         if self.bytes_model is not None:
             rows.append((f"model sent to {self.gpus:,}, each once", _size(self.bytes_model * self.gpus)))
-        rows += [
-            ("counts sent back (fixed n)", _size(self.bytes_back)),
-            ("record on disk (fixed n)", _size(self.bytes_record)),
-        ]
+        rows.append(("counts sent back (fixed n)", _size(self.bytes_back)))
+        rows.append(("record on disk (fixed n)", _size(self.bytes_record)))
         return pd.DataFrame(rows, columns=["what", "value"])
 
 
@@ -127,34 +133,19 @@ def plan(
         notes.append(said)
     else:
         notes.append(f"speed as given: {rate:,.0f} noisy copies a second each")
-    costs = [_cost("fixed n", n + n0, images, gpus, rate, price)]
-    for r, mean in _early(dataset, n, alpha, notes):
-        costs.append(_cost(f"until radius {r:g} is decided", mean + n0, images, gpus, rate, price))
-    parameters = _bytes_of(model, notes)
+    ways = {"fixed n": n + n0}
+    ways |= {f"until radius {r:g} is decided": mean + n0 for r, mean in _early(dataset, n, alpha, notes)}
     blocks = len(block_edges(n0)) + len(block_edges(n)) - 2
     return Plan(
         images=images,
         gpus=gpus,
-        costs=tuple(costs),
+        costs=tuple(Cost.of(rule, samples, images, gpus, rate, price) for rule, samples in ways.items()),
         bytes_out=images * math.prod(shape) * 4,
-        bytes_model=parameters,
+        bytes_model=_bytes_of(model, notes),
         bytes_back=images * blocks * classes * 8,
         bytes_record=int(images * bytes_per_image(n0, n, alpha, classes)),
         cap=radius_cap(n, alpha, 1.0),
         notes=tuple(notes),
-    )
-
-
-def _cost(rule: str, samples: float, images: int, gpus: int, rate: float | None, price: float | None) -> Cost:
-    gpu_hours = None if rate is None else images * samples / rate / 3_600
-    hours = None if gpu_hours is None else gpu_hours / min(gpus, images)
-    return Cost(
-        rule,
-        samples,
-        images * samples,
-        gpu_hours,
-        hours,
-        None if gpu_hours is None or price is None else gpu_hours * price,
     )
 
 
@@ -175,7 +166,7 @@ def known_rate(model: str, folder: Path | None = None) -> tuple[float | None, st
     name = model.removeprefix("starter:")
     found = []
     for path in (*sorted(folder.glob("overhead*.json")), *sorted(folder.glob("rates*.json"))):
-        about = json.loads(path.read_text())
+        about = read_json(path, ValueError)
         for row in _rates(path, about):
             if row["network"] == name or name.startswith(f"{row['network']}-"):
                 found.append((about["device"] != "cpu", 1e6 / row["engine us"], row, about))
@@ -209,7 +200,7 @@ def _early(dataset: str, n: int, alpha: float, notes: list[str]) -> list[tuple[f
     if n != 100_000 or alpha != 0.001:
         notes.append("early stopping was measured at n=100,000 and alpha=0.001 only (bench samples)")
         return []
-    rows = json.loads((data_dir() / "benchmarks" / "samples.json").read_text())["rows"]
+    rows = read_json(data_dir() / "benchmarks" / "samples.json", ValueError, rows=list)["rows"]
     mine = [r for r in rows if r["data"] == dataset and r["sigma"] == "all" and r["rule"] == "hybrid"]
     if not mine:
         notes.append(f"early stopping was not measured on {dataset} (bench samples)")
@@ -260,23 +251,17 @@ def made_up_probabilities(rng: np.random.Generator, i: int, classes: int) -> np.
 
 def made_up_rows(rng: np.random.Generator, i: int, p: np.ndarray, n0: int, n: int) -> list[Row]:
     """The blocks of an image whose votes are drawn from p, without a network."""
-    about: dict[str, Any] = dict(index=i, key=str(i), image_id=i, digest=f"{i:014x}", label=int(p.argmax()))
-    blocks = [(SELECT, a, b) for a, b in _pairs(block_edges(n0))] + [
-        (ESTIMATE, a, b) for a, b in _pairs(block_edges(n))
-    ]
+    known: dict[str, Any] = dict(index=i, key=str(i), image_id=i, digest=f"{i:014x}", label=int(p.argmax()))
     return [
-        Row(**about, purpose=purpose, start=a, stop=b, counts=tuple(rng.multinomial(b - a, p).tolist()))
-        for purpose, a, b in blocks
+        Row(**known, purpose=purpose, start=a, stop=b, counts=tuple(rng.multinomial(b - a, p).tolist()))
+        for purpose, samples in ((SELECT, n0), (ESTIMATE, n))
+        for a, b in itertools.pairwise(block_edges(samples))
     ]
 
 
-def _pairs(edges: list[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(edges))
-
-
-def _size(number: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if number < 1_000 or unit == "TB":
-            return f"{number:.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
+def _size(number: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while number >= 1_000 and len(units) > 1:
         number /= 1_000
-    raise AssertionError
+        del units[0]
+    return f"{number:.0f} bytes" if units[0] == "bytes" else f"{number:.1f} {units[0]}"

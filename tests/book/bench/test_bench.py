@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Linear
+from conftest import ROOT, Linear
 from scipy import stats
 
-from smoothbook import bench, cli
-from smoothbook.bench import engine, measure, parts, peers
+from smoothbook.bench import engine, loop, measure, memory, overhead, parts, peers
+from smoothbook.bench import run as bench
+from smoothbook.bench.registry import BENCHMARKS, ON_CUDA
 from smoothbook.bench.samples import _compare, _live_on_digits
 from smoothbook.cli import main
 from smoothkit import data
@@ -35,10 +36,9 @@ TINY = {
 def tiny(monkeypatch):
     """The command line at tiny settings."""
     for name, settings in TINY.items():
-        function = bench.BENCHMARKS[name]
-        monkeypatch.setitem(
-            bench.BENCHMARKS, name, lambda function=function, settings=settings, **given: function(**given | settings)
-        )
+        function = BENCHMARKS[name].function(name)
+        smaller = lambda function=function, settings=settings, **given: function(**given | settings)  # noqa: E731
+        monkeypatch.setattr(f"smoothbook.bench.{BENCHMARKS[name].module}.{name}", smaller)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -52,8 +52,17 @@ def test_every_benchmark_says_and_keeps(name, tiny, tmp_path, capsys):
     assert f"{name}: {saved['headline']}" in out
 
 
-def test_the_command_line_knows_every_benchmark():
-    assert set(cli.BENCHMARKS) == {*bench.BENCHMARKS, "gpu"}
+def test_every_benchmark_is_where_the_list_says():
+    for name, benchmark in BENCHMARKS.items():
+        assert benchmark.function(name).__module__ == f"smoothbook.bench.{benchmark.module}" and benchmark.says
+
+
+def test_every_committed_result_is_of_a_benchmark():
+    for path in (ROOT / "data" / "benchmarks").glob("*.json"):
+        about = json.loads(path.read_text())
+        assert about.get("benchmark", "workbook") in {*BENCHMARKS, "workbook"} and path.stem.startswith(
+            about.get("benchmark", "workbook")
+        )
 
 
 # --- measuring ---------------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ def test_without_art(tiny, monkeypatch, tmp_path, capsys):
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    result = engine.overhead(quick=True, **TINY["overhead"] | {"compiled": None})
+    result = overhead.overhead(quick=True, **TINY["overhead"] | {"compiled": None})
     assert result.left_out == (engine.NO_COMPILER,) and "compiled" not in result.table["road"][0]
 
 
@@ -145,8 +154,8 @@ def test_without_numba(monkeypatch):
 
 
 def test_compiling_pays_after():
-    assert engine._pays_after(20.0, 0.001) == pytest.approx(20_000)
-    assert engine._pays_after(20.0, -0.001) is None and engine._pays_after(-1.0, 0.001) == 0
+    assert loop._pays_after(20.0, 0.001) == pytest.approx(20_000)
+    assert loop._pays_after(20.0, -0.001) is None and loop._pays_after(-1.0, 0.001) == 0
 
 
 # --- parts -------------------------------------------------------------------------------------------
@@ -163,19 +172,26 @@ def test_counters_count_alike():
 # --- memory ------------------------------------------------------------------------------------------
 
 
+def test_a_function_in_a_process_of_its_own():
+    """The bare engine at a small n: what a child measures comes back, and so does why one failed."""
+    assert measure.in_a_process(memory._child_memory, "engine", 200)["MB"] >= 0
+    with pytest.raises(RuntimeError, match="_child_memory"):
+        measure.in_a_process(memory._child_memory, "engine", "no number")
+
+
 @pytest.mark.slow
 def test_memory_grows_with_art_only(tmp_path):
     pytest.importorskip("art", reason="ART is not installed: pip install -e '.[peers]'")
     pytest.importorskip("statsmodels", reason="ART's bound needs statsmodels: pip install -e '.[peers]'")
-    result, path = bench.run("memory", quick=True, out=tmp_path, sizes=(4_000,))
+    result, path = bench.run("memory", quick=True, out=tmp_path, settings={"sizes": (4_000,)})
     row = json.loads(path.read_text())["rows"][0]
     # 4,000 noisy copies of 3x32x32 in float32 are 49 MB; the engine keeps one batch
     assert row["ART MB"] > 49 and row["engine MB"] < 10 and result.ratio > 5
 
 
 def test_memory_without_art(monkeypatch):
-    monkeypatch.setattr(engine, "_in_a_process", lambda _, who, n: {"MB": 2.0} if who == "engine" else {"missing": who})
-    result = engine.memory(quick=True)
+    monkeypatch.setattr(memory, "in_a_process", lambda _, who, n: {"MB": 2.0} if who == "engine" else {"missing": who})
+    result = memory.memory(quick=True)
     assert result.left_out == (peers.ART_MISSING,) and result.table["engine MB"].tolist() == [2.0]
     assert np.isnan(result.ratio)
 
@@ -225,7 +241,7 @@ def no_cuda(monkeypatch):
 def test_gpu_without_cuda(no_cuda, tmp_path, capsys):
     assert main(["bench", "gpu", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and "missing are the GPU's noise, votes, bounds, loop, overhead" in err
+    assert len(err.splitlines()) == 1 and "missing are the GPU's overhead, loop, noise, votes, bounds" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -240,7 +256,7 @@ def test_devices_are_checked(no_cuda):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["overhead", "loop", "noise", "votes", "bounds"])
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_on_a_gpu(name, tmp_path):
-    result, path = bench.run(name, quick=True, device="cuda", out=tmp_path, **TINY[name])
+    result, path = bench.run(name, quick=True, device="cuda", out=tmp_path, settings=TINY[name])
     assert result.ratio > 0 and path.name == f"{name}-quick-cuda.json"
