@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from smoothkit import data
+from smoothkit.records import read_json
 from smoothkit.sampling.progress import Progress, say
 
 DIGESTS = Path(__file__).parent / "datasets.json"
@@ -220,7 +221,7 @@ def make(name: str, root: Path, source: Path | None = None) -> Path:
     if name == "cifar10-jpeg75":
         make_cifar10(source, new)
     else:
-        make_tiny_imagenet(source, new, json.loads(DIGESTS.read_text())[name]["classes"])
+        make_tiny_imagenet(source, new, read_json(DIGESTS)[name]["classes"])
     new.rename(folder)
     return folder
 
@@ -234,7 +235,7 @@ def digests(path: Path, classes: int) -> dict:
     each = []
     with Progress(len(images), f"reading {path.parent.name}/{path.name}", show=len(images) > 1_000) as bar:
         for i in range(len(images)):
-            each.append(images.digest(i))
+            each.append(images.digest(i, 56))
             bar.update(1)
     labels = images.labels.tolist()
     groups = [sorted(d for d, label in zip(each, labels, strict=True) if label == c) for c in range(classes)]
@@ -267,7 +268,7 @@ def compare(found: dict, known: dict) -> str:
 
 def check(root: Path, names: Iterable[str] = FILES) -> bool:
     """Say for each file at hand whether it is the one known; True if none differs."""
-    known, good, seen = json.loads(DIGESTS.read_text()), True, 0
+    known, good, seen = read_json(DIGESTS), True, 0
     for name in names:
         for file in FILES[name]:
             if not (root / file).is_file():
@@ -289,7 +290,7 @@ def check(root: Path, names: Iterable[str] = FILES) -> bool:
 
 def write_digests(root: Path) -> None:
     """Add what data/datasets.json lacks from what is at hand, file by file; delete it to make all anew."""
-    known = json.loads(DIGESTS.read_text()) if DIGESTS.is_file() else {}
+    known = read_json(DIGESTS) if DIGESTS.is_file() else {}
     for name, files in FILES.items():
         part = known.setdefault(name, {"classes": list(data.CIFAR10_CLASSES)})
         if name == "tiny-imagenet-32":

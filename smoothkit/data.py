@@ -10,7 +10,6 @@ import difflib
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import struct
@@ -22,10 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smoothkit.kernels.philox import content_digest, image_id, off_grid
+from smoothkit.kernels.philox import DIGEST_BITS, IMAGE_ID_BITS, content_digest, image_id, off_grid
+from smoothkit.records.format import parse_json
 
 SOURCES = ("digits", "cifar10", "tiny-imagenet-32", "imagenet", "folder:PATH", "parquet:PATH")
 UNLABELLED = -1
+OFF_GRID = 1e-3  # steps; more than float32 images of a grid are off it
 LARGEST = 20_000  # pixels of a side
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -89,8 +90,8 @@ class Images:
     def class_name(self, c: int) -> str:
         return self.class_names[c] if 0 <= c < len(self.class_names) else str(c)
 
-    def digest(self, i: int) -> str:
-        return content_digest(self[i])
+    def digest(self, i: int, bits: int = DIGEST_BITS) -> str:
+        return content_digest(self[i], bits)
 
     def take(self, rule: str) -> "Images":
         """A subset by a stated rule: `all`, `first:100`, `every:20` (0, 20, 40, ...), `range:500:1000`.
@@ -236,21 +237,41 @@ def from_arrays(
 ) -> Images:
     """Wrap a tensor [N, C, H, W] on [0, 1]. Ids are digests of the contents.
 
-    `grid=255` says that values come from 8-bit images (checked); without it noise is `float`.
+    `grid` says on how many steps from 0 to 1 all values lie, 255 for 8-bit images (checked). If it is not given, 255 or 256
+    is taken where all values lie on it; else noise is `float`.
+
+    Raises
+    ------
+    ValueError
+        Also for equal images with different labels.
     """
     check_images(images)
     images = images.detach().cpu().float()
-    if grid is not None and off_grid(images, grid) > 1e-3:
+    if grid is None:
+        grid = next((g for g in (255, 256) if off_grid(images, g) <= OFF_GRID), None)
+    elif off_grid(images, grid) > OFF_GRID:
         raise ValueError(
             f"grid={grid} given, but values lie off it by up to {off_grid(images, grid):.3f} steps; use grid=None"
         )
     labels = np.full(len(images), UNLABELLED) if labels is None else np.asarray(labels, dtype=np.int64)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), got {labels.shape}")
-    digests = tuple(content_digest(x) for x in images)
+    digests = tuple(content_digest(x, IMAGE_ID_BITS) for x in images)
+    _refuse_contradictions(digests, labels)
     return _make(
         name, "all", digests, labels, class_names, grid, images.__getitem__, ids=tuple(int(d, 16) for d in digests)
     )
+
+
+def _refuse_contradictions(digests: tuple[str, ...], labels: np.ndarray) -> None:
+    """Equal images are one image to a record; with two labels neither would be right."""
+    seen: dict[str, int] = {}
+    for i, digest in enumerate(digests):
+        first = seen.setdefault(digest, i)
+        if labels[first] != labels[i]:
+            raise ValueError(
+                f"images {first} and {i} are equal and have the labels {labels[first]} and {labels[i]}; leave one of them out"
+            )
 
 
 def load_image(
@@ -365,8 +386,13 @@ def _tiny_imagenet_32(split: str, size: int | None) -> Images:
             f"tiny-imagenet-32 is not in {folder}; python data/make_datasets.py tiny-imagenet-32 makes it"
         )
     names = folder / "classes.tsv"
-    lines = names.read_text(encoding="utf-8").splitlines()[1:] if names.is_file() else []
-    classes = tuple(line.split("\t")[2] for line in lines)
+    try:
+        lines = names.read_text(encoding="utf-8").splitlines()[1:] if names.is_file() else []
+        classes = tuple(line.split("\t")[2] for line in lines)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{names} cannot be read ({error}); python data/make_datasets.py tiny-imagenet-32 makes it again"
+        ) from None
     return _parquet(files, dataset="tiny-imagenet-32", split=split, size=None, class_names=classes)
 
 
@@ -460,7 +486,7 @@ def _parquet(
         )
     encoded = table[column].combine_chunks().field("bytes")
     labels = table["label"].to_numpy() if "label" in table.column_names else np.full(len(table), UNLABELLED)
-    class_names = class_names or _hub_class_names(table.schema)
+    class_names = class_names or _hub_class_names((table.schema.metadata or {}).get(b"huggingface", b"{}"), files[0])
 
     def read(i: int) -> Tensor:
         return _decode(encoded[i].as_py(), size=size, mode="RGB", name=f"{dataset} row {i}")
@@ -470,10 +496,12 @@ def _parquet(
     )
 
 
-def _hub_class_names(schema) -> tuple[str, ...]:
+def _hub_class_names(metadata: bytes, file: Path) -> tuple[str, ...]:
     """Class names from the metadata that the hub writes into parquet files, if there."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return tuple(metadata.get("info", {}).get("features", {}).get("label", {}).get("names", ()))
+    found = parse_json(metadata, f"the hub's metadata in {file}", ValueError)
+    for name in ("info", "features", "label", "names"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return tuple(str(name) for name in found) if isinstance(found, list) else ()
 
 
 def _same_size(read: Callable[[int], Tensor], dataset: str) -> Callable[[int], Tensor]:

@@ -8,6 +8,7 @@ from decimal import ROUND_FLOOR, Context, Decimal
 import numpy as np
 
 ABSTAIN = -1
+FINEST_ROUNDED = 256  # steps a sigma; for finer grids noise is drawn exactly
 MOST_SAMPLES = 10**9  # of one image; with blocks of 10,000 a record has a hundred thousand then
 
 
@@ -104,14 +105,15 @@ class NoiseForm:
             raise ValueError("noise drawn exactly needs a grid, got none")
 
     @classmethod
-    def parse(cls, noise: "str | NoiseForm | None", grid: int | None = None) -> "NoiseForm":
+    def parse(cls, noise: "str | NoiseForm | None", grid: int | None = None, *, sigma: float = 0.0) -> "NoiseForm":
         """The noise that an argument asks for.
 
         Parameters
         ----------
         noise : "grid" or "exact-grid" (the data's own), "grid:255" or "exact-grid:255" (so many steps), "float", or None:
-            the data's grid where it has one, else float noise
+            the data's grid where it has one (drawn exactly on it if it is too fine for rounded noise), else float noise
         grid : the data's own number of steps from 0 to 1, or None
+        sigma : the noise level, by which a grid is fine or not
 
         Raises
         ------
@@ -119,9 +121,9 @@ class NoiseForm:
             For other words, or for the data's grid where it has none.
         """
         if noise is None or isinstance(noise, NoiseForm):
-            return noise or cls(grid)
+            return noise or cls(grid, exact=grid is not None and sigma * grid > FINEST_ROUNDED)
         kind, colon, steps = noise.partition(":") if isinstance(noise, str) else ("", "", "")
-        if noise == "float":
+        if noise in ("float", "unstated"):
             return cls(None)
         if kind not in ("grid", "exact-grid") or (colon and not (steps.isascii() and steps.isdigit())):
             hint = f"; did you mean 'grid:{noise}'?" if isinstance(noise, int) and not isinstance(noise, bool) else ""
@@ -133,6 +135,14 @@ class NoiseForm:
                 f"noise={noise!r} needs data that declares a grid, and these images declare none; use 'float'"
             )
         return cls(int(steps) if colon else grid, exact=kind == "exact-grid")
+
+    def check(self, sigma: float) -> None:
+        """Refuse float noise rounded to so fine a grid that its rounding shows; see `certify.bounds.sigma_of_proof`."""
+        if self.grid is not None and not self.exact and sigma * self.grid > FINEST_ROUNDED:
+            raise ValueError(
+                f"noise '{self}' at sigma={sigma:g} has {sigma * self.grid:,.0f} steps a sigma, and above {FINEST_ROUNDED} "
+                f"rounded float noise tells even values from odd ones; use noise='exact-grid:{self.grid}'"
+            )
 
     def __str__(self) -> str:
         return "float" if self.grid is None else f"{'exact-' if self.exact else ''}grid:{self.grid}"
@@ -191,8 +201,10 @@ class Votes:
 class Certificate:
     """A claim about the smoothed classifier at one image, wrong with probability at most alpha.
 
-    `predicted` is a class, or ABSTAIN with radius 0.0. No perturbation of `norm` size below `radius`
-    changes the prediction of the smoothed classifier; for grid noise, none that stays on the grid.
+    `predicted` is a class, or ABSTAIN with radius 0.0. No perturbation of `norm` size below `radius` changes the
+    prediction of the smoothed classifier; where noise lies on a grid, none that stays on the grid, and no real one below
+    `radius_for_all` (None where it is not known). The base classifier is the one that was run, as `run` says: its
+    precision, compute batch, form and device. `seed` is the seed of the noise if it was fixed beforehand.
     """
 
     predicted: int
@@ -207,24 +219,38 @@ class Certificate:
     norm: str = "L2"
     rule: str = "fixed"
     class_name: str | None = None
+    radius_for_all: float | None = None
+    seed: int | None = None
+    run: str = ""
 
     @property
     def abstained(self) -> bool:
         return self.predicted == ABSTAIN
 
     def sentence(self) -> str:
-        """The certificate in words; the radius is rounded down."""
+        """The certificate in words; radii are rounded down."""
         if self.abstained:
             return (
                 f"No answer: {self.n_a:,} of {self.n:,} votes do not put one class above one half "
-                f"with {_percent(1 - self.alpha)} confidence (sigma = {self.sigma:g})."
+                f"with {_confidence(self.alpha)} (sigma = {self.sigma:g}{self._asides()})."
             )
-        name = self.class_name or f"class {self.predicted}"
+        reach = round_down(self.radius)
+        if "grid" in self.noise:
+            reach += f" on the 1/{self.noise.partition(':')[2]} grid"
+            if self.radius_for_all is not None:
+                reach += f", or {round_down(self.radius_for_all)} off it,"
         return (
-            f"With {_percent(1 - self.alpha)} confidence no change of {self.norm} size below "
-            f"{round_down(self.radius)} moves this prediction: {name} "
-            f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes{_noise_in_words(self.noise)})."
+            f"With {_confidence(self.alpha)} no change of {self.norm} size below {reach} moves this prediction: "
+            f"{self.class_name or f'class {self.predicted}'} "
+            f"(sigma = {self.sigma:g}, {self.n_a:,} of {self.n:,} votes{self._asides()})."
         )
+
+    def _asides(self) -> str:
+        asides = ["float noise, whose rounding can show the image to a classifier made for it"] * (
+            self.noise == "float"
+        )
+        asides += [] if self.seed is None else [f"seed {self.seed}, fixed beforehand"]
+        return "".join(f", {aside}" for aside in asides) + (f"; as run: {self.run}" if self.run else "")
 
     def _repr_html_(self) -> str:
         settings = f"n0 = {self.n0:,}, n = {self.n:,}, alpha = {self.alpha:g}, rule {self.rule}"
@@ -232,13 +258,9 @@ class Certificate:
         return f"<p>{html.escape(self.sentence())}<br><small>{html.escape(settings)}</small></p>"
 
 
-def _noise_in_words(noise: str) -> str:
-    kind, _, grid = noise.partition(":")
-    return {"grid": f", noise on the 1/{grid} grid", "float": ", float noise"}.get(kind, "")
-
-
-def _percent(p: float) -> str:
-    return f"{100 * p:.10g}%"
+def _confidence(alpha: float) -> str:
+    """99.9% confidence; where a percentage would be all nines, 1 - 1e-12 confidence. It is never 100%."""
+    return f"{100 * (1 - alpha):.10g}% confidence" if alpha >= 1e-9 else f"1 - {alpha:g} confidence"
 
 
 def round_down(value: float, digits: int = 3) -> str:

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from scipy import special, stats
 
-from smoothkit.types import check_alpha, check_samples, check_sigma
+from smoothkit.types import NoiseForm, check_alpha, check_samples, check_sigma
 
 OUTWARD = 1e-12  # above the error of what is rounded (tests/certify/test_bounds.py measures it), below anything printed
 TAIL_ERROR = 1e-9  # relative; how well the tail at a bound must meet alpha
@@ -168,6 +168,43 @@ def two_class_radius(p_a_lower: float, p_b_upper: float, sigma: float) -> float:
         )
     exact = sigma / 2 * float(special.ndtri(p_a_lower) - special.ndtri(p_b_upper))
     return max(0.0, math.nextafter(exact * (1 - OUTWARD), 0.0)) if exact > 0 else 0.0
+
+
+def sigma_of_proof(sigma: np.ndarray | float, noise: NoiseForm) -> np.ndarray | float:
+    """The sigma for which a radius is proved: a little below the noise's own where float noise is rounded to a grid.
+
+    With s = sigma * grid, the noise in grid steps is rint(s z) with s z a float32. In [2^a, 2^(a+1)) these are eps = 2^(a-23)
+    apart, and a value half-way between two steps goes to the even one, so even steps are likelier by a share eps. Over
+    s z ~ N(0, s^2) the mean of eps^2 is (.737 s 2^-23)^2. Shifting a value by one step then separates the two
+    distributions by 1 / s^2 (Gaussian) + 4 E eps^2 (parity) in squared units of sigma, in place of 1 / s^2; shifts
+    by more steps gain less. A radius in units of sigma is too long by the root of their ratio at the most,
+
+        sqrt(1 + 4 (.737 s 2^-23)^2 s^2) < 1 + (s / 2800)^4,
+
+    which is 2.7e-7 at 8 bits and sigma 0.25, 7.0e-5 at s = 256, and 28 % at s = 2,040: above s = 256 such noise is not
+    used (`NoiseForm.check`). Noise drawn exactly on the grid needs no correction. Float noise on images of no
+    grid leaks in other ways, which no factor mends; its certificates say so.
+    """
+    if noise.grid is None or noise.exact:
+        return sigma
+    return sigma / (1 + (np.asarray(sigma) * noise.grid / 2800) ** 4)
+
+
+def radius_for_all(radius: np.ndarray | float, values: int, grid: int) -> np.ndarray:
+    """What a radius proved for perturbations on a grid says of all real ones: max(R / 2, R - sqrt(d) / (2 grid)).
+
+    The deployed classifier rounds its input to the grid. For a real perturbation t of a value on the grid, in steps,
+    |round(t)| <= 2 |t| and |round(t) - t| <= 1/2; summed over d values, the rounded perturbation is at most twice as
+    long, and at most sqrt(d) / 2 steps longer. Rounded down; float64, units of `radius`.
+
+    Parameters
+    ----------
+    radius : L2, on the grid
+    values : d, the number of values of an image, C * H * W
+    grid : steps from 0 to 1
+    """
+    longest = np.maximum(np.asarray(radius) / 2, radius - math.sqrt(values) / (2 * grid))
+    return np.maximum(0.0, np.nextafter(longest * (1 - OUTWARD), 0.0))
 
 
 def radius_cap(n: int, alpha: float, sigma: float) -> float:

@@ -2,8 +2,15 @@
 
 import numpy as np
 
-from smoothkit.certify.bounds import check_reach, clopper_pearson_lower, predict_p_value, radius
-from smoothkit.types import ABSTAIN, Certificate, Votes, check_alpha, check_sigma
+from smoothkit.certify.bounds import (
+    check_reach,
+    clopper_pearson_lower,
+    predict_p_value,
+    radius,
+    radius_for_all,
+    sigma_of_proof,
+)
+from smoothkit.types import ABSTAIN, Certificate, NoiseForm, Votes, check_alpha, check_sigma
 
 
 def certify_votes(
@@ -14,6 +21,9 @@ def certify_votes(
     alpha: float,
     noise: str = "unstated",
     class_names: tuple[str, ...] = (),
+    values: int | None = None,
+    seed: int | None = None,
+    run: str = "",
 ) -> Certificate:
     """Certify one input from two independent sets of votes.
 
@@ -30,6 +40,12 @@ def certify_votes(
         Standard deviation of the Gaussian noise, pixel units on [0, 1], above 0.
     alpha : float
         Chance, over the sampling, that the certificate is wrong; in (0, 1).
+    noise : str
+        As records name it, see `NoiseForm`: "grid:255", "exact-grid:255", "float".
+    class_names : tuple of str
+    values : int, optional
+        How many values an image has, C * H * W: what is proved for perturbations off the grid depends on it.
+    seed, run : for the certificate's sentence; see `Certificate`
 
     Returns
     -------
@@ -56,8 +72,9 @@ def certify_votes(
     n_a = int(estimation.counts[selection.top])
     p_a_lower = float(clopper_pearson_lower(n_a, estimation.n, alpha))
     return from_lower_bound(
-        selection, estimation, p_a_lower, sigma=sigma, alpha=alpha, noise=noise, class_names=class_names
-    )
+        selection, estimation, p_a_lower, sigma=sigma, alpha=alpha, noise=noise, class_names=class_names, values=values,
+        seed=seed, run=run,
+    )  # fmt: skip
 
 
 def from_lower_bound(
@@ -70,9 +87,14 @@ def from_lower_bound(
     noise: str,
     class_names: tuple[str, ...] = (),
     rule: str = "fixed",
+    values: int | None = None,
+    seed: int | None = None,
+    run: str = "",
 ) -> Certificate:
     """The certificate of the class with most votes in `selection`, given a bound on its probability from `estimation`."""
-    c_a, certified = selection.top, float(radius(p_a_lower, sigma))
+    form = NoiseForm.parse(noise)
+    c_a, certified = selection.top, float(radius(p_a_lower, sigma_of_proof(sigma, form)))
+    known = form.grid is not None and values is not None
     return Certificate(
         predicted=c_a if certified > 0 else ABSTAIN,
         radius=certified,
@@ -85,6 +107,9 @@ def from_lower_bound(
         noise=noise,
         rule=rule,
         class_name=class_names[c_a] if certified > 0 and c_a < len(class_names) else None,
+        radius_for_all=float(radius_for_all(certified, values, form.grid)) if known else None,
+        seed=seed,
+        run=run,
     )
 
 
@@ -99,6 +124,7 @@ def certify_counts(
     n : int or int array [images]
         Estimation samples, those without a vote included.
     sigma : float or float array [images], pixel units on [0, 1]
+        The sigma of the proof, see `bounds.sigma_of_proof`.
     alpha : float in (0, 1)
 
     Returns

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from smoothkit.certify.bounds import sigma_of_proof
 from smoothkit.certify.cascade import (
     NO_SCALE,
     alpha_per_statement,
@@ -17,7 +18,7 @@ from smoothkit.certify.fixed import certify_counts
 from smoothkit.certify.sequential import certify_looks
 from smoothkit.records.format import RecordError
 from smoothkit.records.record import Record
-from smoothkit.types import ABSTAIN, check_alpha
+from smoothkit.types import ABSTAIN, NoiseForm, check_alpha
 
 
 def certificate_table(images: Mapping, predict: np.ndarray, radius: np.ndarray, **columns: object) -> pd.DataFrame:
@@ -87,14 +88,16 @@ def _of_fixed_n(record: Record, alpha: float, n: int | None) -> pd.DataFrame:
         )
     selection, estimation = (np.stack(votes[f"counts_{x}"].to_list()) for x in ("selection", "estimation"))
     sigma, n0, n_of = (votes[x].to_numpy() for x in ("sigma", "n0", "n"))
-    found = certify_counts(selection, estimation, n_of, sigma=sigma, alpha=alpha)
+    proof = sigma_of_proof(sigma, NoiseForm.parse(record.identity.noise))
+    found = certify_counts(selection, estimation, n_of, sigma=proof, alpha=alpha)
     settings = {"sigma": sigma, "n0": n0, "n": n_of, "alpha": alpha}
     return _with_settings(votes, found, settings, record)
 
 
 def _of_looks(record: Record) -> pd.DataFrame:
     rule, looks = record.stopping_rule, record.looks()
-    finished, found = certify_looks(rule, record.sigma, list(looks.itertuples()))
+    proof = float(sigma_of_proof(record.sigma, NoiseForm.parse(record.identity.noise)))
+    finished, found = certify_looks(rule, proof, list(looks.itertuples()))
     if not len(finished):
         raise RecordError(
             f"{record.path or 'the record'} has no decided image yet; run the same command again to go on"
@@ -139,16 +142,16 @@ def cascade_certificates(
     n : int, optional
         Use only the first n estimation samples; a block edge of every record. Fix it before looking.
     sigmas : floats, optional
-        Those of the cascade, if no image came to some of them so that there is no record; the records' own by default.
-        They share alpha whether asked or not.
+        Those of the cascade, if no image came to some of them so that there is no record. By default those that
+        `sampling.cascade` wrote into the records, else the records' own. They share alpha whether asked or not.
 
     Returns
     -------
     DataFrame with idx, label, predict (ABSTAIN = -1), radius (rounded down), correct, scale (the sigma the certificate
     rests on, and which a halting rule halts at; NaN if none), reason, own_radius and negative_radius (R_k and R_neg of
     that scale; NaN if none), calls (base classifier calls the rule needs: of all scales for `max`, else from the largest
-    to the one halted at), n0, n (of one scale), alpha, alpha_statement (NaN for `released`), p0, rule, noise, key, image_id;
-    one row an image, by idx.
+    to the one halted at), n0, n (of one scale), alpha (for `released` what is
+    proved, K times that of a stage), alpha_statement (NaN for `released`), p0, rule, noise, key, image_id; one row an image, by idx.
 
     Raises
     ------
@@ -156,7 +159,7 @@ def cascade_certificates(
         If the records are not of the same images, or no image is complete in all of them.
     """
     by_sigma = _by_sigma(records)
-    sigmas = sorted(by_sigma) if sigmas is None else check_sigmas(sigmas).tolist()
+    sigmas = _scales_of(list(by_sigma.values()), sigmas)
     if set(by_sigma) - set(sigmas) or sigmas[-1] not in by_sigma:
         raise RecordError(
             f"records at sigma {', '.join(f'{s:g}' for s in sorted(by_sigma))} do not fit sigmas {sigmas}"
@@ -180,7 +183,8 @@ def cascade_certificates(
         np.stack([v[list(columns)].sum(axis=1).reindex(about.index, fill_value=0).to_numpy() for v in votes], axis=1)
         for columns in (("n",), ("n0", "n"))
     )  # [images, K]
-    found = certify_cascade(*counts, n=samples, sigmas=sigmas, alpha=alpha, p0=p0, rule=rule, upper=upper)
+    proof = sigma_of_proof(np.array(sigmas), NoiseForm.parse(chosen[0].identity.noise))
+    found = certify_cascade(*counts, n=samples, sigmas=proof, alpha=alpha, p0=p0, rule=rule, upper=upper)
     needed = np.arange(len(sigmas)) >= (0 if rule == "max" else np.maximum(found.scale, 0)[:, None])
     complete = ((samples > 0) | ~needed).all(axis=1)
     if not complete.any():
@@ -191,7 +195,8 @@ def cascade_certificates(
         scale=np.where(none, np.nan, np.array(sigmas)[found.scale]), reason=found.reason,
         own_radius=np.where(none, np.nan, at_scale(found.own, found.scale)),
         negative_radius=np.where(none, np.nan, at_scale(found.negative, found.scale)), calls=(spent * needed).sum(axis=1),
-        n0=about["n0"].to_numpy(), n=about["n"].to_numpy(), alpha=alpha,
+        n0=about["n0"].to_numpy(), n=about["n"].to_numpy(),
+        alpha=min(1.0, alpha * len(sigmas)) if rule == "released" else alpha,
         alpha_statement=np.nan if rule == "released" else alpha_per_statement(alpha, len(sigmas)),
         p0=p0, rule=rule, noise=chosen[0].identity.noise,
     )  # fmt: skip
@@ -232,6 +237,19 @@ def error_rates(
     return pd.DataFrame(rows, columns=["sigma", "images", "right", "over_smoothing", "over_confidence"])
 
 
+def _scales_of(records: Sequence[Record], sigmas: Sequence[float] | None) -> list[float]:
+    """All scales of the cascade: those given, those the records were sampled for, or else those of the records."""
+    sampled_for = {record.identity.scales for record in records if record.identity.scales}
+    if sigmas is None:
+        return sorted(_one_of(sampled_for, "scales")) if sampled_for else sorted(record.sigma for record in records)
+    sigmas = check_sigmas(sigmas).tolist()
+    if any(sorted(scales) != sigmas for scales in sampled_for):
+        raise RecordError(
+            f"the records were sampled for the scales {sorted(sampled_for)[0]}, which share alpha; got {sigmas}"
+        )
+    return sigmas
+
+
 def _by_sigma(records: Mapping[float, Record] | Sequence[Record]) -> dict[float, Record]:
     if not isinstance(records, Mapping):
         records = list(records)
@@ -253,7 +271,8 @@ def _check_same_data(records: Sequence[Record]) -> None:
     for record in records:
         rows = record.rows()
         for image_id, digest in zip(rows["image_id"], rows["digest"], strict=True):
-            if digests.setdefault(image_id, digest) != digest:
+            known = digests.setdefault(image_id, digest)
+            if len(known) == len(digest) and known != digest:
                 raise RecordError(f"the records hold different images under the id {image_id}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 MAX_PIXELS = 4 * 2**24
 MAX_SAMPLE = 2**40
 IMAGE_ID_BITS = 56
+DIGEST_BITS = 128
 
 
 class Purpose(enum.IntEnum):
@@ -33,10 +34,13 @@ def image_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=IMAGE_ID_BITS // 8).digest(), "big")
 
 
-def content_digest(image: Tensor) -> str:
-    """A 56-bit hexadecimal digest of an image's shape and float32 values."""
+def content_digest(image: Tensor, bits: int = DIGEST_BITS) -> str:
+    """A hexadecimal digest of an image's shape and float32 values; no two images can be made to share one of 128 bits.
+
+    Records of earlier versions hold digests of 56 bits, which are no part of those of 128.
+    """
     array = np.ascontiguousarray(image.detach().cpu().numpy(), dtype="<f4")
-    return hashlib.blake2b(repr(array.shape).encode() + array.tobytes(), digest_size=IMAGE_ID_BITS // 8).hexdigest()
+    return hashlib.blake2b(repr(array.shape).encode() + array.tobytes(), digest_size=bits // 8).hexdigest()
 
 
 # --- words -----------------------------------------------------------------------------------------

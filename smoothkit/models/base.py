@@ -75,7 +75,11 @@ class BaseClassifier(nn.Module):
         Whoever makes the images can then normalise them in the same pass: (images - mean) / std.
         """
         channels, *size = shape
-        if type(self).forward is not BaseClassifier.forward or self._forward_hooks or self._forward_pre_hooks:
+        own = all(
+            getattr(type(self), x) is getattr(BaseClassifier, x) and x not in vars(self)
+            for x in ("forward", "preprocess")
+        )
+        if not own or self._forward_hooks or self._forward_pre_hooks:
             return None  # somebody looks at or changes what goes in
         if (self.channels or channels) != channels or (self.size and self.size != tuple(size)):
             return None

@@ -3,13 +3,12 @@
 What cannot be checked, because the images or the classifier are not at hand, is said and never counted as passed.
 Votes are equal where compute batch, road, device and versions are those of the record. Elsewhere a logit may
 differ in its last bit and move the vote of a noisy copy that lies on the edge between two classes; of those votes at most
-`votes_apart(samples)` an image and purpose are let pass.
+`votes_apart(samples)` an image and purpose are let pass, and the audit says what the radii are without them.
 """
 
 import collections
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,13 @@ import pandas as pd
 from scipy import special, stats
 
 from smoothkit.certify.betting import log_wealth_above
-from smoothkit.certify.table import certificates
-from smoothkit.records.format import ESTIMATE, SELECT, RecordError, has_checksum
+from smoothkit.certify.bounds import sigma_of_proof
+from smoothkit.certify.fixed import certify_counts
+from smoothkit.certify.table import certificate_table, certificates
+from smoothkit.reading.accuracy import average_certified_radius
+from smoothkit.records.format import ESTIMATE, SELECT, RecordError, has_checksum, read_json, same_probe
 from smoothkit.records.record import Record, open_record
-from smoothkit.types import ABSTAIN, NoiseForm, StoppingRule, block_edges, check_sigma
+from smoothkit.types import ABSTAIN, NoiseForm, StoppingRule, block_edges, check_sigma, round_down
 
 if TYPE_CHECKING:
     from smoothkit.data import Images
@@ -124,7 +126,10 @@ def audit(
     else:
         rng = np.random.default_rng(seed)
         how = dict(device=device, compile=compile)
-        checks.append(_redraw(record, rows, provenance, at_hand, classifier, redraw, rng, how))
+        drawn, differs = _redraw(record, rows, provenance, at_hand, classifier, redraw, rng, how)
+        checks.append(drawn)
+        if differs and drawn.verdict == PASSED:
+            checks.append(_vouched(record))
     return Audit(record.path, tuple(checks))
 
 
@@ -144,7 +149,7 @@ def _files(record: Record) -> Iterator[Check]:
     if bad:
         yield Check("files", FAILED, "; ".join(bad))
         return
-    stated = "sha256" in json.loads((record.path / "run.json").read_text())
+    stated = "sha256" in read_json(record.path / "run.json")
     older = len(parts) - with_checksum
     what = f"{len(parts)} parts read, pages fit their checksums" + (
         f", {with_checksum} their sha256" if with_checksum else ""
@@ -176,9 +181,12 @@ def _settings(record: Record, provenance: Sequence[dict[str, Any]]) -> Check:
         faults.append(f"{len(lacking)} parts do not say device, compute batch and torch")
     card = record.path / "card.json"
     if card.is_file():
-        stated = json.loads(card.read_text(encoding="utf-8")).get("fingerprint")
-        if stated != known.fingerprint:
-            faults.append(f"card.json is of the classifier {stated}, the record of {known.fingerprint}")
+        try:
+            stated = read_json(card, fingerprint=str)["fingerprint"]
+            if stated != known.fingerprint:
+                faults.append(f"card.json is of the classifier {stated}, the record of {known.fingerprint}")
+        except RecordError as error:
+            faults.append(str(error))
     if faults:
         return Check("settings", FAILED, "; ".join(faults))
     rule = known.stopping_rule
@@ -309,7 +317,9 @@ def _contents(rows: pd.DataFrame, images: "Images", name: str) -> Check:
     missing = [image for image in recorded if image not in place]
     if missing:
         return Check("images", FAILED, f"{len(missing)} recorded images are not in {name}")
-    odd = [images.keys[place[i]] for i, digest in recorded.items() if images.digest(place[i]) != digest]
+    odd = [
+        images.keys[place[i]] for i, digest in recorded.items() if images.digest(place[i], 4 * len(digest)) != digest
+    ]
     if odd:
         return Check("images", FAILED, f"{len(odd)} images differ from those recorded, such as {odd[0]}")
     stated = {} if set(labels.values()) == {UNLABELLED} else labels  # votes of a selector have none
@@ -334,7 +344,12 @@ def _classifier(record: Record, base_classifier: Callable | None) -> tuple[Calla
             tried.append(" ".join(str(error).split()))
             continue
         if at_hand.fingerprint == known.fingerprint:
-            return found, f"{at_hand.name} has the fingerprint {known.fingerprint}"
+            kind = (
+                "structure, weights and answers"
+                if known.probe
+                else "structure and weights; of an earlier version, without answers"
+            )
+            return found, f"{at_hand.name} has the fingerprint {known.fingerprint} ({kind})"
         tried.append(f"{at_hand.name} has the fingerprint {at_hand.fingerprint}")
     return None, f"the classifier {known.fingerprint} is not at hand: {'; '.join(tried)}"
 
@@ -348,7 +363,7 @@ def _redraw(
     number: int,
     rng: np.random.Generator,
     how: dict[str, Any],
-) -> Check:
+) -> tuple[Check, list[str]]:
     """Draw all recorded blocks of some images again, at the compute batch of the record's last part."""
     from smoothkit.sampling.batches import Task
     from smoothkit.sampling.run import provenance as here
@@ -391,8 +406,35 @@ def _redraw(
         moved = np.abs(counts - recorded[task.image, purpose, task.start]).sum()
         apart[task.image, purpose] += int(moved + 1) // 2  # a moved vote changes two counts
         samples[task.image, purpose] += task.stop - task.start
+    if not same_probe(known.probe, stream.forward.answers.text):
+        what = "the classifier has the record's structure and weights, and answers otherwise on the fixed rows"
+        return Check("votes drawn again", FAILED, what), []
     now = here(stream.device, stream.batch, stream.road)
-    return _compared(apart, samples, images, [name for name in SAME if any(w.get(name) != now[name] for w in ways)])
+    differs = [name for name in SAME if any(w.get(name) != now[name] for w in ways)]
+    return _compared(apart, samples, images, differs), differs
+
+
+def without_votes(record: Record, moved: int) -> pd.DataFrame:
+    """The certificates of a record of fixed n if so many votes of each image for its guessed class were taken away."""
+    votes = record.votes()
+    selection, estimation = (np.stack(votes[f"counts_{x}"].to_list()) for x in ("selection", "estimation"))
+    image, c_a = np.arange(len(votes)), selection.argmax(axis=1)
+    estimation[image, c_a] -= np.minimum(moved, estimation[image, c_a])
+    sigma = sigma_of_proof(votes["sigma"].to_numpy(), NoiseForm.parse(record.identity.noise))
+    found = certify_counts(selection, estimation, votes["n"].to_numpy(), sigma=sigma, alpha=record.stopping_rule.alpha)
+    return certificate_table(votes, found["predict"], found["radius"])
+
+
+def _vouched(record: Record) -> Check:
+    """What is left of the radii if every vote that may differ was moved on purpose: this much an audit vouches for."""
+    if record.stopping_rule.kind != "fixed":
+        return Check(
+            "radii without them", NOT_CHECKED, "the record stopped early; what moved votes would do to it is not known"
+        )
+    moved = votes_apart(record.stopping_rule.n)
+    stated, left = (average_certified_radius(t) for t in (certificates(record), without_votes(record, moved)))
+    what = f"if {moved} votes of every image were moved, its ACR is {round_down(left)} and not {round_down(stated)}"
+    return Check("radii without them", PASSED, f"{what}; draw again on the record's own device to tell")
 
 
 SAME = ("device", "cpu", "compute_batch", "road", "threads", "torch")  # what votes may depend on in a last bit

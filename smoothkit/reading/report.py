@@ -5,6 +5,7 @@ came from, a vote record or somebody's log, matters to `load_result` alone.
 """
 
 import dataclasses
+import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,13 @@ from smoothkit.reading.logs import read_log
 from smoothkit.types import ABSTAIN, check_alpha, round_down
 
 if TYPE_CHECKING:
+    from smoothkit.records.format import Identity
     from smoothkit.records.record import Record
 
 
+SHARED_DRAWS = (
+    "two rules on one seed share their draws; whoever takes the better of the two claims errs with up to twice alpha"
+)
 FORMATS = ("table", "csv", "markdown", "latex")
 
 
@@ -49,6 +54,7 @@ class Result:
     n: int | None
     alpha_text: str
     warnings: tuple[str, ...]
+    identity: "Identity | None" = None  # of a record
 
 
 def load_result(
@@ -121,6 +127,7 @@ def _from_record(path: Path, alpha: float | None) -> Result:
         n=rule.n,
         alpha_text=f"{used:g}",
         warnings=tuple(warnings),
+        identity=record.identity,
     )
 
 
@@ -207,8 +214,19 @@ def report(paths: Sequence[str | Path], radii: Sequence[float], alpha: float | N
     frame = pd.DataFrame([_row(result, radii) for result in results])
     if not any(result.kind == "predict" for result in results):
         frame = frame.drop(columns=["correct", "abstain"], errors="ignore")
-    frame.attrs["warnings"] = [f"{result.path}: {text}" for result in results for text in result.warnings]
+    shared = [
+        f"{a.path} and {b.path}: {SHARED_DRAWS}" for a, b in itertools.combinations(results, 2) if _share_draws(a, b)
+    ]
+    frame.attrs["warnings"] = [f"{result.path}: {text}" for result in results for text in result.warnings] + shared
     return frame
+
+
+def _share_draws(a: Result, b: Result) -> bool:
+    """Whether two records are read from the same noise by two rules."""
+    if a.identity is None or b.identity is None or a.identity.stopping_rule == b.identity.stopping_rule:
+        return False
+    same = ("dataset", "split", "fingerprint", "sigma", "seed", "noise", "precision")
+    return all(getattr(a.identity, name) == getattr(b.identity, name) for name in same)
 
 
 def _row(result: Result, radii: Sequence[float]) -> dict[str, object]:

@@ -109,7 +109,8 @@ class Identity:
     noise: str  # "grid:255" or "float"
     precision: str
     stopping_rule: StoppingRule
-    probe: str = ""  # see `models.base.probe`
+    probe: str = ""  # see `sampling.probe`
+    scales: tuple[float, ...] = ()  # all sigmas of the cascade it was sampled for, asked or not
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Identity":
@@ -120,10 +121,11 @@ class Identity:
         TypeError, KeyError, ValueError
             For names that are missing or unknown, and values of another type.
         """
-        made = cls(**{**fields, "stopping_rule": StoppingRule(**fields["stopping_rule"])})
+        scales = tuple(float(sigma) for sigma in fields.get("scales", ()))
+        made = cls(**{**fields, "stopping_rule": StoppingRule(**fields["stopping_rule"]), "scales": scales})
         for field in dataclasses.fields(cls):
             value = getattr(made, field.name)
-            kind = field.type | int if field.name == "sigma" else field.type
+            kind = {"sigma": float | str | int, "scales": tuple}.get(field.name, field.type)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{field.name} is {value!r}")
         return made

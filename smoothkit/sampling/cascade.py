@@ -12,7 +12,8 @@ from smoothkit.certify.cascade import alpha_per_statement, check_p0, check_sigma
 from smoothkit.data import Images
 from smoothkit.records.record import Record
 from smoothkit.sampling.progress import say
-from smoothkit.sampling.smoothed import Smoothed
+from smoothkit.sampling.run import collect_votes
+from smoothkit.types import StoppingRule
 
 
 def sample_cascade(
@@ -52,7 +53,7 @@ def sample_cascade(
     Returns
     -------
     dict from sigma to Record, for `certify.cascade_certificates` with rule `cascade`. A scale that no image came
-    to has none, so give it `sigmas` as well.
+    to has none; the records know of all scales, so that the images do not choose how alpha is shared.
     """
     check_p0(p0)
     sigmas = check_sigmas(sorted(base_classifiers)).tolist()
@@ -62,10 +63,10 @@ def sample_cascade(
     left = images
     for number, sigma in enumerate(reversed(sigmas)):
         folder = None if out is None else Path(out) / f"sigma-{sigma:g}"
-        smoothed = Smoothed(
-            base_classifiers[sigma], sigma, batch=batch, device=device, precision=precision, compile=compile
-        )
-        record = smoothed.sample(left, n0=n0, n=n, alpha=alpha, seed=seed, out=folder, progress=progress)
+        record = collect_votes(
+            base_classifiers[sigma], left, sigma=sigma, stopping_rule=StoppingRule(n0=n0, n=n, alpha=alpha), seed=seed,
+            out=folder, batch=batch, device=device, precision=precision, compile=compile, scales=sigmas, progress=progress,
+        )  # fmt: skip
         records[sigma] = record
         passed = _passed(record, left, share, p0)
         if progress:

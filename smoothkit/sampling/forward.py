@@ -4,8 +4,8 @@ The roads to the logits differ in speed, and in the last bit: `eager` or `compil
 `channels_last` order. Precision is more than that. A network in bfloat16 is another base classifier, whose
 certificates hold for it alone, so precision is never chosen for you and belongs to a record's identity.
 
-Whatever a road gives is first compared with the plain forward pass on a probe batch; one that is no faster, or
-that gives something else, is left.
+What is run is first compared with the classifier as given, on the fixed rows of `probe`; a road that gives something
+else, or is no faster, is left.
 """
 
 import collections
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothkit.models.base import evaluating
+from smoothkit.sampling.probe import Answers, ask, check_logits, difference, exactly, in_parts
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 CONVOLUTIONS = 4  # a network with more spatial convolutions than this is run in channels_last order
@@ -45,12 +46,14 @@ class Forward:
     """A base classifier made ready: noisy rows in the `dtype` and layout it wants -> logits.
 
     Where the classifier begins with a normalisation, it is taken out (`mean`, `std`) so that whoever makes the
-    rows can fold it in; `dtype` and `channels_last` say what the rows should be.
+    rows can fold it in; `dtype` and `channels_last` say what the rows should be. What is made ready is then compared with
+    the classifier as given, on the fixed rows of `probe`; a way of running it that gives something else is left.
 
     Parameters
     ----------
     base_classifier : callable, images [batch, C, H, W] -> logits [batch, num_classes]
-    shape : (C, H, W) of the images
+    answers : Answers
+        What the classifier gave when it was called as it is.
     device : torch.device
     precision : one of `PRECISIONS`
         `float32` is IEEE float32, also on GPUs whose default is shorter; `tf32` allows those shorter
@@ -59,45 +62,120 @@ class Forward:
     Raises
     ------
     ValueError
-        For a precision the device or the classifier does not have.
+        For a precision the device or the classifier does not have, or a classifier whose answer for a row depends on
+        the rows beside it.
     """
 
     def __init__(
         self,
         base_classifier: Callable[[Tensor], Tensor],
-        shape: tuple[int, ...],
+        answers: Answers,
         *,
         device: torch.device,
         precision: str = "float32",
     ) -> None:
         check_precision(base_classifier, precision, device)
-        self.base_classifier, self.device, self.precision = base_classifier, device, precision
-        self.dtype, self.mean, self.std = torch.float32, None, None
-        self.road = Road(channels_last=_is_convolutional(base_classifier))
-        self._network, self._plain = base_classifier, base_classifier
-        fold = getattr(base_classifier, "fold", None)
-        folded = fold(shape) if fold is not None else None
-        if folded is not None:
-            self._network, self.mean, self.std = folded
+        self.base_classifier, self.answers, self.device, self.precision = base_classifier, answers, device, precision
+        self.num_classes = answers.logits.shape[1]
+        self.samples_per_second: float | None = None
+        self._copy: nn.Module | None = None
         if precision == "bfloat16":
             _warn_if_slow(device)
-            self._cast(folded is not None)
-        self._plain = self._call = self._network
-        self.num_classes = 0  # known after the first batch
-        self.samples_per_second: float | None = None
+        self._settle()
+        if answers.repeatable:
+            self._check_company()
 
-    def _cast(self, folded: bool) -> None:
-        """A bfloat16 copy of the network; preprocessing stays in float32 where it can be told apart."""
-        preprocess = None if folded else getattr(self.base_classifier, "preprocess", None)
-        network = copy.deepcopy(self._network if preprocess is None else self.base_classifier.network)
-        network = network.to(torch.bfloat16)
-        if folded:
-            self.dtype, self._network = torch.bfloat16, network
-        elif preprocess is None:
-            self._network = lambda rows: network(rows.bfloat16())
+    # --- which way of running it is the classifier ---
+
+    def _settle(self) -> None:
+        """The fastest way to run the classifier that gives its answers."""
+        *faster, plain = self._ways()
+        for way in faster:
+            self._prepare(*way)
+            try:
+                apart = self._apart()
+            except MemoryError:
+                raise
+            except Exception as error:
+                fault = _first_line(error)
+            else:
+                if apart <= DIFFERENCE[self.precision]:
+                    return
+                fault = f"its logits are {apart:.2g} of their size apart"
+            how = "" if self.mean is None else ", normalised beforehand"
+            warnings.warn(f"the network does not run {self.road}{how} ({fault}); going on without", stacklevel=5)
+        self._prepare(*plain)
+        apart = self._apart()
+        if not apart <= DIFFERENCE[self.precision]:
+            raise ValueError(
+                f"in {self.precision} the logits of this base classifier are {apart:.2g} of their size away from those it gave when "
+                f"called as it is; it must not change from call to call, and in another precision than its own it is cast: "
+                f"certify it in float32, or cast inside a callable of your own"
+            )
+
+    def _apart(self) -> float:
+        """How far the logits of this way of running are from the classifier's own, where those repeat."""
+        with self.evaluating(), self.running():
+            logits = in_parts(self, self.rows_of(self.answers.rows))
+        return difference(self.answers.logits, logits) if self.answers.repeatable else 0.0
+
+    def _ways(self) -> list[tuple[bool, bool]]:
+        """(take the normalisation out, channels_last), the fastest first; the last is the classifier as it is."""
+        layouts = [True, False] if _is_convolutional(self.base_classifier) else [False]
+        folds = [True, False] if self._folded() is not None else [False]
+        return [(fold, layout) for fold in folds for layout in layouts]
+
+    def _folded(self) -> tuple[nn.Module, Tensor, Tensor] | None:
+        fold = getattr(self.base_classifier, "fold", None)
+        return None if fold is None else fold(tuple(self.answers.rows.shape[1:]))
+
+    def _prepare(self, fold: bool, channels_last: bool) -> None:
+        self.dtype, self.mean, self.std = torch.float32, None, None
+        self.road = Road(channels_last=channels_last)
+        network = self.base_classifier
+        if fold:
+            network, self.mean, self.std = self._folded()
+        if self.precision == "bfloat16":
+            network = self._cast(network, fold)
+        self._plain = self._call = _on_a_copy(network) if self.answers.in_place else network
+
+    def _cast(self, network: nn.Module, folded: bool) -> Callable[[Tensor], Tensor]:
+        """A bfloat16 copy; what a BaseClassifier does around its network stays in float32."""
+        self._copy = made = copy.deepcopy(network)
+        inner = getattr(made, "network", None)
+        if folded or not isinstance(inner, nn.Module):
+            made.to(torch.bfloat16)
         else:
-            self._network = lambda rows: network(preprocess(rows).bfloat16())
-        self._copy = network
+            inner.to(torch.bfloat16).register_forward_pre_hook(lambda _, rows: tuple(r.bfloat16() for r in rows))
+            return made
+        if folded:
+            self.dtype = torch.bfloat16
+            return made
+        return lambda rows: made(rows.bfloat16())
+
+    def _check_company(self) -> None:
+        """Refuse a classifier that answers a row otherwise in another place, or beside other rows."""
+        rows = self.rows_of(self.answers.rows)
+        half = len(rows) // 2
+        turned, others = rows.flip(0), torch.cat([rows[:half], rows[:half].flip(0) * 0.5])
+        with self.evaluating(), self.running():
+            alone = in_parts(self, rows.clone())
+            apart = max(
+                difference(alone, in_parts(self, _like(turned, rows)).flip(0)),
+                difference(alone[:half], in_parts(self, _like(others, rows))[:half]),
+            )
+        if not apart <= DIFFERENCE[self.precision]:
+            raise ValueError(
+                f"the base classifier looks at its batch: with other rows beside it, the logits of a row moved by {apart:.2g} of "
+                f"their size. Votes must be independent; give normalisation layers running statistics, or adapt them beforehand"
+            )
+
+    # --- running it ---
+
+    def rows_of(self, images: Tensor) -> Tensor:
+        """Images as the rows that this way of running the classifier takes."""
+        rows = images if self.mean is None else (images - self.mean[:, None, None]) / self.std[:, None, None]
+        return _like(rows.to(self.dtype, copy=True), self.empty_rows(1, tuple(images.shape[1:])))
 
     def empty_rows(self, batch: int, shape: tuple[int, ...]) -> Tensor:
         """A buffer for a batch of rows, zero."""
@@ -105,35 +183,16 @@ class Forward:
         return torch.zeros(batch, *shape, dtype=self.dtype, device=self.device).to(memory_format=layout)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        logits = self._call(rows)
-        self._check(logits, rows)
-        return logits
+        return check_logits(self._call(rows), len(rows), self.num_classes)
 
-    def _check(self, logits: object, rows: Tensor) -> None:
-        good = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(rows) and logits.shape[1] > 0
-        if not good or not logits.is_floating_point() or (self.num_classes and logits.shape[1] != self.num_classes):
-            found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            wanted = self.num_classes or "num_classes"
-            raise ValueError(f"the base classifier must give float logits [{len(rows)}, {wanted}], got {found}")
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> contextlib.AbstractContextManager:
         """No gradients, and matrix products of the stated precision; modules must be in eval mode already."""
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        short = self.precision == "tf32"
-        torch.set_float32_matmul_precision("high" if short else "highest")
-        torch.backends.cudnn.allow_tf32 = short
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+        return exactly(short=self.precision == "tf32")
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Modules in eval mode, also the copy; the mode is given back afterwards."""
-        with evaluating(self.base_classifier), evaluating(getattr(self, "_copy", None)):
+        with evaluating(self.base_classifier), evaluating(self._copy):
             yield
 
     def seconds(self, rows: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> float:
@@ -162,7 +221,7 @@ class Forward:
             return
         self.compile_seconds = time.perf_counter() - begin
         with self.running():
-            apart = _relative_difference(self._plain(rows), logits)
+            apart = difference(self._plain(rows), logits)
         if not apart <= DIFFERENCE[self.precision]:
             warnings.warn(f"the compiled network gives logits {apart:.2g} apart; going on without", stacklevel=2)
             return
@@ -190,17 +249,32 @@ def prepare(
     fingerprint: str | None = None,
     batch: int | None = None,
 ) -> Forward:
-    """A `Forward`; with the `fingerprint` of a module, the one made earlier in this process for the same weights."""
-    if fingerprint is None or not isinstance(base_classifier, nn.Module):
-        return Forward(base_classifier, shape, device=device, precision=precision)
+    """A `Forward`; with the `fingerprint` of a module, the one made earlier in this process for the same classifier.
+
+    The same is what has the same weights and gives the same answers now: an adapter may have been changed since, or a number.
+    """
+    check_precision(base_classifier, precision, device)
+    answers = ask(base_classifier, shape, device)
+    if fingerprint is None or not isinstance(base_classifier, nn.Module) or not answers.repeatable:
+        return Forward(base_classifier, answers, device=device, precision=precision)
     # by object as well: an equal module of the past may have been trained since
-    key = id(base_classifier), fingerprint, tuple(shape), str(device), precision, batch
+    key = id(base_classifier), fingerprint, answers.digest, tuple(shape), str(device), precision, batch
     if key not in _PREPARED:
-        _PREPARED[key] = Forward(base_classifier, shape, device=device, precision=precision)
+        _PREPARED[key] = Forward(base_classifier, answers, device=device, precision=precision)
         while len(_PREPARED) > KEPT:
             _PREPARED.popitem(last=False)
     _PREPARED.move_to_end(key)
     return _PREPARED[key]
+
+
+def _on_a_copy(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For a network that changes its input in place: the rows are used again."""
+    return lambda rows: network(rows.clone())
+
+
+def _like(rows: Tensor, other: Tensor) -> Tensor:
+    last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
+    return rows.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def check_precision(base_classifier: Callable, precision: str, device: torch.device) -> None:
@@ -250,14 +324,6 @@ def _is_convolutional(base_classifier: Callable) -> bool:
         return False
     spatial = (m for m in base_classifier.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1)
     return sum(1 for _ in spatial) > CONVOLUTIONS
-
-
-def _relative_difference(a: Tensor, b: Tensor) -> float:
-    a, b = a.float(), b.float()
-    both = a.isfinite() & b.isfinite()
-    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()) or not both.any():
-        return float("inf")
-    return float((a - b)[both].abs().max() / a[both].abs().max().clamp(min=1e-30))
 
 
 def now(device: torch.device) -> float:

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smoothkit.certify.bounds import sigma_of_proof
 from smoothkit.certify.sequential import check_rule, still_open
 from smoothkit.data import Images
-from smoothkit.kernels.philox import Purpose
+from smoothkit.kernels.philox import DIGEST_BITS, Purpose
 from smoothkit.models.base import identify
 from smoothkit.records.format import BLOCK_KEY, ESTIMATE, PER_IMAGE, SELECT, Identity, Row
 from smoothkit.records.record import Record, create_record, open_record
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.progress import Progress, format_seconds, say
-from smoothkit.sampling.stream import PURPOSES, VoteStream
+from smoothkit.sampling.stream import PURPOSES, VoteStream, noise_of
 from smoothkit.sampling.workers import spread
-from smoothkit.types import NoiseForm, StoppingRule, block_edges
+from smoothkit.types import NoiseForm, StoppingRule, block_edges, check_sigma
 
 PART_ROWS = 50_000  # of a part; what a driver of many workers holds
 PART_SECONDS = 10.0  # between parts of a record; what a killed run loses at most
@@ -47,22 +48,24 @@ def open_run(
     precision: str = "float32",
     compile: bool | None = None,
     model_id: str | None = None,
+    scales: Sequence[float] = (),
 ) -> tuple[Record, VoteStream]:
     """The record a run writes into and the stream that fills it; parameters as in `collect_votes`."""
-    noise = NoiseForm.parse(noise, images.grid)
+    noise = noise_of(noise, images, sigma)
     if out is None and not isinstance(base_classifier, nn.Module):
         model_id = model_id or "unnamed"  # votes in memory are never mixed with those of another run
     known = identify(base_classifier, model_id)
     batch, compile = _as_before(out, batch, compile)
     stream = VoteStream(
         base_classifier, images, sigma=sigma, seed=seed, noise=noise, batch=batch, device=device, precision=precision,
-        compile=compile, fingerprint=known.fingerprint,
+        compile=compile, fingerprint=known.fingerprint, digest_bits=_digest_bits(out),
     )  # fmt: skip
     _check_labels(images, stream.num_classes)
     identity = Identity(
         dataset=images.dataset, split=images.split, subset=images.subset, model=known.name, fingerprint=known.fingerprint,
         num_classes=stream.num_classes, sigma=float(sigma) if np.ndim(sigma) == 0 else PER_IMAGE, seed=seed,
         noise=str(noise), precision=precision, stopping_rule=stopping_rule,
+        probe=stream.forward.answers.text, scales=tuple(map(float, scales)),
     )  # fmt: skip
     names = images.class_names or getattr(base_classifier, "class_names", ())
     return create_record(out, identity, names), stream
@@ -87,6 +90,12 @@ def _as_before(out, batch: int | None, compile: bool | None) -> tuple[int | None
     return batch, compile
 
 
+def _digest_bits(out: str | os.PathLike | None) -> int:
+    """Of the images of a record that is gone on with, or of a new one."""
+    rows = open_record(out).rows() if out is not None and (Path(out) / "run.json").is_file() else ()
+    return 4 * len(rows["digest"].iloc[0]) if len(rows) else DIGEST_BITS
+
+
 def collect_votes(
     base_classifier: Callable[[Tensor], Tensor],
     images: Images,
@@ -101,6 +110,7 @@ def collect_votes(
     precision: str = "float32",
     compile: bool | None = None,
     model_id: str | None = None,
+    scales: Sequence[float] = (),
     progress: bool = True,
     executor: Executor | None = None,
 ) -> Record:
@@ -124,6 +134,8 @@ def collect_votes(
     batch, device, precision, compile : see `VoteStream`
     model_id : str, optional
         Name of a base classifier that cannot be fingerprinted; needed for a record on disk.
+    scales : sigmas, optional
+        All of the cascade that this record is one scale of; see `sampling.cascade`.
     progress : bool
         Show a progress bar, and before a long run a line that says what it will cost.
     executor : concurrent.futures.Executor, optional
@@ -143,11 +155,12 @@ def collect_votes(
     KeyboardInterrupt
         Passed on after all finished blocks are written.
     """
+    noise = noise_of(noise, images, sigma)
     if stopping_rule.kind != "fixed":
-        check_rule(stopping_rule, sigma)
+        check_rule(stopping_rule, _proof(sigma, noise))
     record, stream = open_run(
         base_classifier, images, sigma=sigma, stopping_rule=stopping_rule, noise=noise, seed=seed, out=out, batch=batch,
-        device=device, precision=precision, compile=compile, model_id=model_id,
+        device=device, precision=precision, compile=compile, model_id=model_id, scales=scales,
     )  # fmt: skip
     fill = _fill if stopping_rule.kind == "fixed" else _fill_look_by_look
     fill(record, stream, executor, progress)
@@ -190,11 +203,17 @@ def _fill_look_by_look(record: Record, stream: VoteStream, executor: Executor | 
                 writer.add(task, counts, made)
 
 
+def _proof(sigma: float, noise: NoiseForm) -> float:
+    check_sigma(sigma)  # a sequential rule is for one sigma
+    return float(sigma_of_proof(sigma, noise))
+
+
 class _Looks:
     """What a sequential rule has seen of each image, and which block it wants next."""
 
     def __init__(self, record: Record, images: Images) -> None:
-        self.rule, self.sigma, self.labels = record.stopping_rule, record.sigma, images.labels
+        self.rule, self.labels = record.stopping_rule, images.labels
+        self.sigma = _proof(record.sigma, NoiseForm.parse(record.identity.noise))
         known = record.looks().set_index("image_id")
         self._seen = {
             purpose: [list(known.at[i, purpose_name]) if i in known.index else [] for i in images.ids]
@@ -353,7 +372,7 @@ def check_contents(record: Record, images: Images) -> set[tuple[int, str, int, i
     rows = record.rows()
     digests = dict(zip(rows["image_id"], rows["digest"], strict=True))
     for i, image_id in enumerate(images.ids):
-        if image_id in digests and digests[image_id] != images.digest(i):
+        if image_id in digests and digests[image_id] != images.digest(i, 4 * len(digests[image_id])):
             raise ValueError(
                 f"image {images.keys[i]!r} of {images.dataset} is not the one recorded in {record.path}: its contents differ; "
                 f"restore the data or give another folder"
@@ -436,6 +455,11 @@ def provenance(device: torch.device, batch: int, road: str) -> dict:
         "numpy": np.__version__,
         "time": now_in_words(),
     }
+
+
+def as_run(precision: str, made: dict) -> str:
+    """How the base classifier was run, in words, from a part's provenance: precision, compute batch, form, device."""
+    return f"{precision}, batch {made['compute_batch']}, {made['road']}, {made['device']}"
 
 
 def now_in_words() -> str:

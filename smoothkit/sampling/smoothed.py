@@ -13,8 +13,8 @@ from smoothkit.data import Images, from_arrays
 from smoothkit.kernels.philox import Purpose, fresh_seed
 from smoothkit.records.record import Record
 from smoothkit.sampling.batches import Task
-from smoothkit.sampling.run import collect_votes
-from smoothkit.sampling.stream import VoteStream
+from smoothkit.sampling.run import as_run, collect_votes
+from smoothkit.sampling.stream import VoteStream, noise_of
 from smoothkit.types import Certificate, NoiseForm, StoppingRule, Votes, check_sigma
 
 
@@ -27,6 +27,9 @@ class Smoothed:
         f: images [B, C, H, W] on [0, 1] -> logits [B, num_classes]; see `smoothkit.models`.
     sigma : float
         Standard deviation of the noise, pixel units on [0, 1], at the image's own resolution.
+    noise : "grid:255", "exact-grid:255" or "float", optional
+        Part of what g is. If not given, it is that of the first images asked about: noise on their own grid where they
+        have one, else float; `self.noise` says which, and stays.
     batch, device, precision, compile, model_id : as in `sampling.run.collect_votes`
 
     Examples
@@ -40,6 +43,7 @@ class Smoothed:
         base_classifier: Callable[[Tensor], Tensor],
         sigma: float,
         *,
+        noise: str | NoiseForm | None = None,
         batch: int | None = None,
         device: str | None = None,
         precision: str = "float32",
@@ -48,6 +52,7 @@ class Smoothed:
     ) -> None:
         check_sigma(sigma)
         self.base_classifier, self.sigma = base_classifier, sigma
+        self.noise: NoiseForm | None = None if noise is None else NoiseForm.parse(noise)
         self._how = dict(batch=batch, device=device, precision=precision, compile=compile)
         self.model_id = model_id
 
@@ -77,7 +82,7 @@ class Smoothed:
             As `sequential_rule(radii=[0.25])`, which decides radii, or `sequential_rule(within=0.05)`, which finds the
             radius; often with far fewer samples.
         noise : "grid", "exact-grid", "grid:255", "exact-grid:255" or "float"
-            By default the data's own grid where it has one, else float; see `NoiseForm.parse`.
+            Another form than this smoothed classifier's own, for these votes; see `NoiseForm.parse`.
         seed : int
         out : path, optional
             The record's folder, where an interrupted run goes on; in memory without it.
@@ -92,12 +97,13 @@ class Smoothed:
         RecordError
             If `out` holds another run.
         """
+        images = _as_images(images)
         return collect_votes(
             self.base_classifier,
-            _as_images(images),
+            images,
             sigma=self.sigma,
             stopping_rule=_rule_of(rule, n, n0, alpha),
-            noise=noise,
+            noise=self._noise_of(noise, images),
             seed=seed,
             out=out,
             model_id=self.model_id,
@@ -114,23 +120,31 @@ class Smoothed:
         n0: int = 100,
         alpha: float = 0.001,
         noise: str | NoiseForm | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         out: str | os.PathLike | None = None,
         progress: bool = True,
     ) -> list[Certificate]:
-        """One certificate an image, in order (CERTIFY of Cohen et al. 2019); parameters as in `sample`."""
+        """One certificate an image, in order (CERTIFY of Cohen et al. 2019); parameters as in `sample`.
+
+        alpha is the chance of an error over the noise. So the noise is fresh at every call, unless a `seed` is given or a
+        record is kept in `out` (whose seed is 0 then): a seed known beforehand is for images that were fixed before
+        it, such as a test set, as whoever knows it can look for an image with a false certificate. The sentence says so.
+        """
         images = _as_images(images)
-        record = self.sample(images, n=n, n0=n0, alpha=alpha, noise=noise, seed=seed, out=out, progress=progress)
-        names = self.class_names(images)
+        fixed = 0 if seed is None and out is not None else seed
+        record = self.sample(
+            images, n=n, n0=n0, alpha=alpha, noise=noise, out=out, progress=progress,
+            seed=fresh_seed() if fixed is None else fixed,
+        )  # fmt: skip
+        made = record.provenance()[-1]
+        known = dict(
+            sigma=self.sigma, alpha=alpha, noise=record.identity.noise, class_names=self.class_names(images),
+            values=images[0].numel(), seed=fixed, run=as_run(record.identity.precision, made),
+        )  # fmt: skip
         votes = record.votes().set_index("image_id")
         return [
             certify_votes(
-                Votes(votes.at[i, "counts_selection"], n0),
-                Votes(votes.at[i, "counts_estimation"], n),
-                sigma=self.sigma,
-                alpha=alpha,
-                noise=record.identity.noise,
-                class_names=names,
+                Votes(votes.at[i, "counts_selection"], n0), Votes(votes.at[i, "counts_estimation"], n), **known
             )
             for i in images.ids
         ]
@@ -151,10 +165,19 @@ class Smoothed:
         check_reach(n, alpha, predict=True)
         images = _as_images(images)
         seed = fresh_seed() if seed is None else seed
-        stream = VoteStream(self.base_classifier, images, sigma=self.sigma, seed=seed, noise=noise, **self._how)
+        form = self._noise_of(noise, images)
+        stream = VoteStream(self.base_classifier, images, sigma=self.sigma, seed=seed, noise=form, **self._how)
         tasks = [Task(i, Purpose.PREDICT, 0, n) for i in range(len(images))]
         counted = {task.image: counts for task, counts, _ in stream.run(tasks)}
         return predict_counts(np.stack([counted[i] for i in range(len(images))]), n, alpha=alpha)
+
+    def _noise_of(self, noise: str | NoiseForm | None, images: Images) -> NoiseForm:
+        """The form that is asked for; else this classifier's own, which the first images settle."""
+        if noise is not None:
+            return noise_of(noise, images, self.sigma)
+        if self.noise is None:
+            self.noise = noise_of(None, images, self.sigma)
+        return self.noise
 
     def class_names(self, images: Images) -> tuple[str, ...]:
         return images.class_names or tuple(getattr(self.base_classifier, "class_names", ()))

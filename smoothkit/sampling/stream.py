@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smoothkit.data import Images
+from smoothkit.data import OFF_GRID, Images
 from smoothkit.kernels.noise import load_kernels, noise_scale
 from smoothkit.kernels.noise_exact import exact_noisy_copies
-from smoothkit.kernels.philox import Purpose, content_digest
+from smoothkit.kernels.philox import DIGEST_BITS, Purpose, content_digest, off_grid
 from smoothkit.records.format import ESTIMATE, SELECT
 from smoothkit.sampling.batches import ImagesAtHand, Plan, Step, Task, plans
 from smoothkit.sampling.forward import COMPILE_AFTER, WORTH, Forward, now, prepare
@@ -50,6 +50,8 @@ class VoteStream:
         Compile the network, or not; by default where the run is long enough to repay it.
     fingerprint : str, optional
         Of the classifier's weights; a classifier prepared before in this process is then used again.
+    digest_bits : int
+        Of the digests of images; 56 in records of earlier versions.
     """
 
     def __init__(
@@ -65,12 +67,12 @@ class VoteStream:
         precision: str = "float32",
         compile: bool | None = None,
         fingerprint: str | None = None,
+        digest_bits: int = DIGEST_BITS,
     ) -> None:
         self.base_classifier, self.images, self.seed = base_classifier, images, seed
+        self._digest_bits = digest_bits
         self.sigmas = np.broadcast_to(np.asarray(sigma, dtype=np.float64), len(images))
-        for s in np.unique(self.sigmas):
-            check_sigma(float(s))
-        self.noise = NoiseForm.parse(noise, images.grid)
+        self.noise = noise_of(noise, images, sigma)
         self._scales = np.array([noise_scale(float(s), self.noise.grid) for s in self.sigmas])
         self.device = torch.device(device) if device else _device_of(base_classifier)
         if isinstance(base_classifier, nn.Module):
@@ -117,8 +119,16 @@ class VoteStream:
         if self._last_image is None or self._last_image[0] != i:
             self._last_image = (i, self.images[i])
             if i not in self.digests:
-                self.digests[i] = content_digest(self._last_image[1])
+                self._check_grid(i, self._last_image[1])
+                self.digests[i] = content_digest(self._last_image[1], self._digest_bits)
         return self._last_image[1]
+
+    def _check_grid(self, i: int, image: Tensor) -> None:
+        if self.noise.grid is not None and (off := off_grid(image, self.noise.grid)) > OFF_GRID:
+            raise ValueError(
+                f"image {self.images.keys[i]!r} has values up to {off:.3f} steps off the 1/{self.noise.grid} grid that noise "
+                f"{str(self.noise)!r} stands for; a certificate would be of another image: use noise='float'"
+            )
 
     # --- before the run ---
 
@@ -130,7 +140,7 @@ class VoteStream:
         return step.rows
 
     def _probe(self) -> None:
-        """One batch twice: number of classes, whether answers repeat, and how fast they come."""
+        """One batch twice: whether answers repeat, and how fast they come."""
         rows = None
         while rows is None:
             try:
@@ -147,16 +157,11 @@ class VoteStream:
         forward = self.forward
         with forward.running():
             first = forward(rows).clone()
-            if not bool(first.isfinite().any()):
-                raise ValueError(
-                    "the base classifier gives NaN or infinity for every logit of a probe batch; "
-                    "check its weights and normalisation"
-                )
             begin = now(self.device)
             again = forward(rows)
             seconds = now(self.device) - begin
             _warn_if_not_repeatable(first.cpu(), again.cpu())
-        forward.num_classes, forward.samples_per_second = first.shape[1], self.batch / max(seconds, 1e-9)
+        forward.samples_per_second = self.batch / max(seconds, 1e-9)
 
     def _find_batch(self) -> int:
         """The default on a CPU; on a GPU larger ones while they are faster."""
@@ -274,6 +279,16 @@ class VoteStream:
             stop=stop,
             grid=self.noise.grid,
         )
+
+
+def noise_of(noise: str | NoiseForm | None, images: Images, sigma: float | Sequence[float]) -> NoiseForm:
+    """The form of the noise that is asked for these images, checked against every sigma."""
+    for s in np.unique(sigma):
+        check_sigma(s.item() if isinstance(s, np.generic) else s)
+    largest = float(np.max(sigma))
+    form = NoiseForm.parse(noise, images.grid, sigma=largest)
+    form.check(largest)
+    return form
 
 
 def _device_of(base_classifier: Callable) -> torch.device:

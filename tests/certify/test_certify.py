@@ -79,7 +79,7 @@ def test_printed_radii_are_rounded_down():
     for value in np.random.default_rng(0).random(1000):
         assert value - 1e-3 < float(round_down(value)) <= value
     certificate = Certificate(4, 0.61999, 0.25, 100, 1000, 0.001, 0.99, 999, "grid:255", class_name="four")
-    assert "size below 0.619 moves this prediction: four" in certificate.sentence()
+    assert "size below 0.619 on the 1/255 grid moves this prediction: four" in certificate.sentence()
     assert certificate.sentence() in certificate._repr_html_()
 
 
@@ -90,14 +90,14 @@ def test_printed_radii_are_rounded_down():
     ("k", "n", "radius"), [(990, 1000, 0.4945023955), (1000, 1000, 0.6158156537), (600, 1000, 0.0320947491)]
 )
 def test_golden_certificates(k, n, radius):
-    certificate = certify_votes(votes(0, 100), votes(n - k, k), sigma=0.25, alpha=0.001, noise="grid:255")
+    certificate = certify_votes(votes(0, 100), votes(n - k, k), sigma=0.25, alpha=0.001, noise="exact-grid:255")
     assert certificate.predicted == 1 and certificate.radius == pytest.approx(radius, abs=2e-10)
     assert (certificate.n0, certificate.n, certificate.norm, certificate.rule, certificate.noise) == (
         100,
         n,
         "L2",
         "fixed",
-        "grid:255",
+        "exact-grid:255",
     )
 
 
@@ -169,7 +169,8 @@ def test_table_equals_single_certificates():
             selection, estimation = {3: (votes(40, 60), votes(5_000, 5_000)), 5: (votes(90, 10), votes(9_500, 500))}[
                 row.idx
             ]
-            single = certify_votes(selection, estimation, sigma=0.5, alpha=alpha or 0.001)
+            noise = record.identity.noise
+            single = certify_votes(selection, estimation, sigma=0.5, alpha=alpha or 0.001, noise=noise)
             assert (row.predict, row.radius, row.p_a_lower, row.n_a) == (
                 single.predicted,
                 single.radius,
@@ -255,7 +256,7 @@ def test_class_names_come_from_the_data_or_the_model(starter, digits):
     (named,) = smoothed.certify(digits.take("first:1"), n=200, progress=False)
     (bare,) = smoothed.certify(data.from_arrays(digits.batch(0, 1)), n=200, progress=False)
     assert named.class_name == bare.class_name == "4"
-    assert named.noise == "grid:256" and bare.noise == "float"
+    assert named.noise == bare.noise == "grid:256"
 
 
 def test_the_cap_bounds_every_certificate(starter, digits):

@@ -21,7 +21,7 @@ from smoothkit.certify.betting import (
     log_wealth_above,
     log_wealth_below,
 )
-from smoothkit.certify.bounds import clopper_pearson_lower, radius, radius_cap
+from smoothkit.certify.bounds import clopper_pearson_lower, radius, radius_cap, sigma_of_proof
 from smoothkit.certify.sequential import (
     CERTIFIED,
     GIVEN_UP,
@@ -36,7 +36,7 @@ from smoothkit.certify.sequential import (
     still_open,
 )
 from smoothkit.records import RecordError, open_record
-from smoothkit.types import ABSTAIN, StoppingRule
+from smoothkit.types import ABSTAIN, NoiseForm, StoppingRule
 
 
 def sampled(smoothed, images, radii=(), *, out=None, seed=0, progress=True, **rule):
@@ -345,7 +345,9 @@ def test_half_space_radius_is_found_to_the_precision(linear):
     record = sampled(Smoothed(base, sigma), image, within=within, n_max=20_000, progress=False)
     row = certificates(record).iloc[0]
     assert row["predict"] == 1 and sigma * margin - 2 * within < row["radius"] <= sigma * margin
-    assert row["n"] < 8_000 and row["radius"] == float(radius(row["p_a_lower"], sigma))
+    assert row["n"] < 8_000 and row["radius"] == float(
+        radius(row["p_a_lower"], sigma_of_proof(sigma, NoiseForm.parse(row["noise"])))
+    )
 
 
 def test_found_radii_do_not_depend_on_submissions_or_interruptions(starter, digits, tmp_path):

@@ -42,13 +42,13 @@ def images() -> torch.Tensor:
 
 def test_normalisation_taken_out_gives_the_same_logits(images, starter):
     classifier = convolutional()
-    made = Forward(classifier, (3, 16, 16), device=CPU)
+    made = prepare(classifier, (3, 16, 16), device=CPU)
     assert made.mean.tolist() == pytest.approx([0.4, 0.5, 0.6]) and made.road == Road(channels_last=True)
     rows = rows_for(made, images)
     assert rows.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(logits_of(made, images), classifier(images), rtol=1e-5, atol=1e-6)
     grey = torch.rand(5, 1, 8, 8)
-    made = Forward(starter, (1, 8, 8), device=CPU)
+    made = prepare(starter, (1, 8, 8), device=CPU)
     assert made.road == Road() and str(made.road) == "eager"
     with torch.inference_mode():
         assert torch.equal(logits_of(made, grey), starter(grey))
@@ -69,7 +69,7 @@ def test_what_cannot_be_folded_is_not(images):
             return super().forward(x.clamp(0, 1))
 
     assert Clipped(network).fold((3, 8, 8)) is None
-    made = Forward(resized, (3, 16, 16), device=CPU)
+    made = prepare(resized, (3, 16, 16), device=CPU)
     assert made.mean is None
     torch.testing.assert_close(logits_of(made, images), resized(images))
 
@@ -79,7 +79,7 @@ def test_bfloat16_casts_a_copy(images, size):
     classifier = convolutional()
     classifier.size = size
     before = copy.deepcopy(classifier.state_dict())
-    made = Forward(classifier, (3, 16, 16), device=CPU, precision="bfloat16")
+    made = prepare(classifier, (3, 16, 16), device=CPU, precision="bfloat16")
     assert made.dtype == (torch.float32 if size else torch.bfloat16)
     logits = logits_of(made, images)
     assert logits.dtype == torch.bfloat16
@@ -89,7 +89,7 @@ def test_bfloat16_casts_a_copy(images, size):
 
 def test_bfloat16_of_a_plain_module(images):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)).eval()
-    made = Forward(network, (3, 16, 16), device=CPU, precision="bfloat16")
+    made = prepare(network, (3, 16, 16), device=CPU, precision="bfloat16")
     torch.testing.assert_close(logits_of(made, images).float(), network(images), rtol=0.05, atol=0.02)
 
 
@@ -173,14 +173,14 @@ def test_a_network_that_cannot_be_compiled_goes_on(images, monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    made = Forward(convolutional(), (3, 16, 16), device=CPU)
+    made = prepare(convolutional(), (3, 16, 16), device=CPU)
     with pytest.warns(UserWarning, match=r"compiling did not work \(no compiler here\); going on without"):
         made.compile(rows_for(made, images), keep_slower=True)
     assert not made.road.compiled
 
 
 def test_a_compiled_network_that_is_wrong_or_slow_is_left(images, monkeypatch):
-    made = Forward(convolutional(), (3, 16, 16), device=CPU)
+    made = prepare(convolutional(), (3, 16, 16), device=CPU)
     plain = made._plain
     rows = rows_for(made, images)
     with made.evaluating():
