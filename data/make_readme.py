@@ -13,66 +13,25 @@ import platform
 import re
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import torch
 
-from smoothbook import figures
-from smoothbook.tables.table import kept_tables, open_table, read_rows
-from smoothkit import models
+from smoothbook import figures, tables
+from smoothbook.bench.registry import BENCHMARKS
+from smoothbook.runner.notebooks import About, about, notebook_names
 from smoothkit.certify import certificates
 from smoothkit.reading import format_table, report
-from smoothkit.records import open_record
+from smoothkit.records import open_record, read_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 TIMES = HERE / "benchmarks" / "workbook-digits.json"
 FIGURE = HERE / "figures" / "certified-accuracy-digits.svg"
 RECORDS = [f"digits-vit-{sigma}-sigma-{sigma}" for sigma in ("0.12", "0.25", "0.50")]
-BENCHMARKS = (
-    "overhead", "loop", "noise", "votes", "bounds", "samples", "memory", "scaling", "sigma", "balls", "panels",
-)  # fmt: skip
-# notebook -> level and the question it answers
-NOTEBOOKS = {
-    "00_start_here": ("beginner", "What is a certificate, and what does it cost?"),
-    "10_certification": (
-        "beginner",
-        "From a Python loop to kernels: the same votes, faster; alpha, n0, n, early stopping",
-    ),
-    "20_noise_training": (
-        "intermediate",
-        "Why a clean model fails under noise; Gaussian, stability, consistency, MACER, SmoothAdv",
-    ),
-    "21_peft_smoothing": ("intermediate", "PEFTSmoothing: LoRA, adapters, prompts; a black box"),
-    "22_certifying_adapters": (
-        "intermediate",
-        "CAF: a trained network beside a frozen one; what the frozen features add, and an ensemble",
-    ),
-    "23_noise_pretraining": (
-        "intermediate",
-        "Pretrain on clean and noisy images, fine-tune on clean ones: one model for every sigma",
-    ),
-    "30_sigma_selection": (
-        "advanced",
-        "A sigma for each input: what is certified, what a memory promises, and selectors that are sound",
-    ),
-    "40_diffusion_denoising": (
-        "intermediate",
-        "Denoise, then classify: a diffusion model in front of a classifier that never saw noise",
-    ),
-    "41_multiscale_smoothing": (
-        "advanced",
-        "Several noise levels in one certificate: the cascade, the best of all scales, and a tuned denoiser",
-    ),
-    "50_radius_explorer": (
-        "all",
-        "Play: votes, radii, decision regions in a slice, attacks against the certificate",
-    ),
-    "60_paper_figures": ("all", "Every figure and table again from records, beside the published values"),
-    "70_scale_and_trust": ("all", "From a laptop to a thousand GPUs; what was broken on purpose and what survived"),
-}
+SIGMAS = ("0", "0.12", "0.25", "0.5", "1")  # at which cards and rules say how a base classifier does
 
 
 def records_table() -> str:
@@ -82,91 +41,72 @@ def records_table() -> str:
 
 
 def notebooks_table() -> str:
-    seconds = _times()["notebooks"]
     rows = [
-        (f"[{name}](notebooks/{name}.ipynb)", level, f"{seconds[name]:.0f} s", what)
-        for name, (level, what) in NOTEBOOKS.items()
+        (f"[{name}](notebooks/{name}.ipynb)", known.level, f"{seconds:.0f} s", known.title)
+        for name, seconds, known in _notebooks()
     ]
-    return format_table(pd.DataFrame(rows, columns=["notebook", "level", "measured", "question"]), "markdown")
+    return _markdown(rows, ["notebook", "level", "measured", "title"])
 
 
 def exercises_table() -> str:
     """What to plan for each notebook: how long it runs, how many exercises it has and the minutes they ask for."""
-    seconds = _times()["notebooks"]
-    rows = []
-    for name in NOTEBOOKS:
-        cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
-        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-        minutes = [int(m) for m in re.findall(r"^\*\*\d+\. .*?\*\* \((\d+) minutes", text, flags=re.M)]
-        rows.append((f"[{name}]({name}.ipynb)", f"{seconds[name]:.0f} s", str(len(minutes)), f"{sum(minutes)} min"))
-    columns = ["notebook", "runs in", "exercises", "time for them"]
+    rows = [
+        (f"[{name}]({name}.ipynb)", f"{seconds:.0f} s", str(len(known.minutes)), f"{sum(known.minutes)} min")
+        for name, seconds, known in _notebooks()
+    ]
+    return _markdown(rows, ["notebook", "runs in", "exercises", "time for them"])
+
+
+def _notebooks() -> Iterator[tuple[str, float, About]]:
+    """Name, measured seconds and what it says of itself, of each notebook in order."""
+    seconds = read_json(TIMES)["notebooks"]
+    return ((name, seconds[name], about(ROOT / "notebooks" / f"{name}.ipynb")) for name in notebook_names())
+
+
+def _markdown(rows: list[tuple], columns: list[str]) -> str:
     return format_table(pd.DataFrame(rows, columns=columns), "markdown")
 
 
 def times_sentence() -> str:
-    times = _times()
+    times = read_json(TIMES)
     notebooks, tests = sum(times["notebooks"].values()), times["tests"]
+    skipped = f"{tests['skipped']} skipped" if tests["skipped"] else "none skipped, with the public data at hand"
     return (
         f"Measured on {times['cores']} CPU cores ({times['machine']}, Python {times['python']}, torch {times['torch']}): "
         f"`make run` executes the {len(times['notebooks'])} notebooks in {notebooks / 60:.1f} minutes, `make test` runs "
-        f"{tests['passed']} tests in {tests['seconds'] / 60:.1f} minutes ({_skipped(tests['skipped'])}). "
+        f"{tests['passed']} tests in {tests['seconds'] / 60:.1f} minutes ({skipped}). "
         "The installation comes on top, once.\n"
     )
 
 
-def _skipped(number: int) -> str:
-    return f"{number} skipped" if number else "none skipped, with the public data at hand"
-
-
 def starters_table() -> str:
     rows = []
-    for name in [name for name in models.starters() if name.startswith("digits-vit")]:
-        card = models.starter_card(name)
+    for card in _cards("digits-vit*"):
         accuracy = card["test_accuracy_of_the_base_classifier_by_sigma"]
-        rows.append(
-            (
-                f"`{name}`",
-                f"{card['parameters']:,}",
-                f"{card['sigma']:g}",
-                card["epochs"],
-                *(f"{accuracy[s]:.3f}" for s in ("0", "0.12", "0.25", "0.5", "1")),
-            )
-        )
-    rule = json.loads((HERE / "starters" / "mixture-rule.json").read_text())
-    rows.append(("mixture rule", "-", "-", "-", *(f"{rule[s]:.3f}" for s in ("0", "0.12", "0.25", "0.5", "1"))))
-    columns = [
-        "starter",
-        "parameters",
-        "trained at",
-        "epochs",
-        *(f"accuracy at {s}" for s in ("0", "0.12", "0.25", "0.5", "1")),
-    ]
-    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
+        about = (f"`{card['name']}`", f"{card['parameters']:,}", f"{card['sigma']:g}", card["epochs"])
+        rows.append((*about, *(f"{accuracy[s]:.3f}" for s in SIGMAS)))
+    rule = read_json(HERE / "starters" / "mixture-rule.json")
+    rows.append(("mixture rule", "-", "-", "-", *(f"{rule[s]:.3f}" for s in SIGMAS)))
+    return _markdown(rows, ["starter", "parameters", "trained at", "epochs", *(f"accuracy at {s}" for s in SIGMAS)])
 
 
 def pretrained_table() -> str:
     """Starters on natural images, from their cards."""
     rows = []
-    for name in models.starters():
-        card = models.starter_card(name)
-        if "validation_accuracy" not in card:
-            continue
-        noise, seen = card["sigma"], card["validation_accuracy"]
-        rows.append(
-            (
-                f"`{name}`", f"{card['parameters']:,}", card["trained_on"], noise if isinstance(noise, str) else f"{noise:g}",
-                card["epochs"], card["seconds"], f"{seen['clean']:.3f}", f"{seen['in_training']:.3f}",
-            )
-        )  # fmt: skip
+    for card in _cards("*"):
+        if "validation_accuracy" in card:
+            noise, seen = card["sigma"], card["validation_accuracy"]
+            about = (f"`{card['name']}`", f"{card['parameters']:,}", card["trained_on"])
+            trained = (noise if isinstance(noise, str) else f"{noise:g}", card["epochs"], card["seconds"])
+            rows.append((*about, *trained, f"{seen['clean']:.3f}", f"{seen['in_training']:.3f}"))
     columns = ["starter", "parameters", "trained on", "noise", "epochs", "seconds", "clean", "under its noise"]
-    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
+    return _markdown(rows, columns)
 
 
 def diffusion_table() -> str:
     """Diffusion models, from their cards."""
     rows = []
-    for path in sorted((HERE / "starters").glob("*-ddpm*/card.json")):
-        card = json.loads(path.read_text())
+    for card in _cards("*-ddpm*"):
         seen = card["test_psnr_of_one_shot_denoising_by_sigma"]
         about = (
             f"`{card['name']}`",
@@ -177,7 +117,11 @@ def diffusion_table() -> str:
         )
         rows.append((*about, *(f"{seen[s]:.1f}" for s in ("0.25", "0.5", "1"))))
     columns = ["starter", "parameters", "trained on", "steps", "seconds", "PSNR at 0.25", "PSNR at 0.5", "PSNR at 1"]
-    return format_table(pd.DataFrame(rows, columns=columns), "markdown")
+    return _markdown(rows, columns)
+
+
+def _cards(pattern: str) -> list[dict]:
+    return [read_json(path) for path in sorted((HERE / "starters").glob(f"{pattern}/card.json"))]
 
 
 def _sigma_of(row) -> str:
@@ -190,17 +134,12 @@ def _sigma_of(row) -> str:
 def natural_table() -> str:
     """Rows of all tables on CIFAR-10."""
     lines = []
-    for name in kept_tables():
-        if not name.startswith("cifar10"):
-            continue
-        settings, folder = open_table(name)
-        found = read_rows(folder, (0.0, 0.25, 0.5), order=settings)
-        where = [_sigma_of(settings[name]) for name in found.name]
-        shown = found[["title", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]].rename(
-            columns={"title": "row"}
-        )
-        shown["sigma"], shown["trained"] = where, [f"{t:,}" for t in shown.trained]
-        lines.append(shown.assign(table=f"`{name}`"))
+    for name in (name for name in tables.kept() if name.startswith("cifar10")):
+        table = tables.open(name)
+        found = table.frame((0.0, 0.25, 0.5))
+        where = [_sigma_of(table.rows[name]) for name in found.name]
+        trained = [f"{t:,}" for t in found.trained]
+        lines.append(found.assign(table=f"`{name}`", row=found.title, sigma=where, trained=trained))
     frame = pd.concat(lines)[["table", "row", "sigma", "trained", "images", "0", "0.25", "0.5", "ACR"]]
     return format_table(frame, "markdown")
 
@@ -209,18 +148,12 @@ def benchmarks_table() -> str:
     rows, machines = [], set()
     for name in BENCHMARKS:
         full, quick = (HERE / "benchmarks" / f"{name}{kind}.json" for kind in ("", "-quick"))
-        about = json.loads((full if full.exists() else quick).read_text())
+        about = read_json(full if full.exists() else quick)
         others = "; ".join(f"{what}: {ratio:.2f}" for what, ratio in about["others"].items())
-        rows.append(
-            (
-                f"`{name}`{' (quick)' if about['quick'] else ''}",
-                about["headline"],
-                f"{about['ratio']:.2f}",
-                others or "-",
-            )
-        )
+        bench = f"`{name}`{' (quick)' if about['quick'] else ''}"
+        rows.append((bench, about["headline"], f"{about['ratio']:.2f}", others or "-"))
         machines.add(f"{about['processor']}, {about['machine']}, Python {about['python']}, torch {about['torch']}")
-    table = format_table(pd.DataFrame(rows, columns=["bench", "what over what", "ratio", "also"]), "markdown")
+    table = _markdown(rows, ["bench", "what over what", "ratio", "also"])
     return f"{table}\nMeasured on {'; '.join(sorted(machines))}. No GPU was at hand for these.\n"
 
 
@@ -270,14 +203,10 @@ PARTS = {
 }
 
 
-def _times() -> dict:
-    return json.loads(TIMES.read_text())
-
-
 def keep_times(runs: Path) -> None:
     """From run.json of `make run` and tests.xml of `make test`, both under `runs`."""
-    run = json.loads((runs / "digits" / "run.json").read_text())["notebooks"]
-    bad = [name for name in NOTEBOOKS if run.get(name, {}).get("status") != "ok"]
+    run = read_json(runs / "digits" / "run.json")["notebooks"]
+    bad = [name for name in notebook_names() if run.get(name, {}).get("status") != "ok"]
     if bad:
         sys.exit(f"make run has not finished {', '.join(bad)}")
     suite = ET.parse(runs / "tests.xml").getroot().find("testsuite").attrib
@@ -285,7 +214,7 @@ def keep_times(runs: Path) -> None:
     if failed:
         sys.exit(f"{failed} tests failed")
     about = {
-        "notebooks": {name: round(run[name]["seconds"], 1) for name in NOTEBOOKS},
+        "notebooks": {name: round(run[name]["seconds"], 1) for name in notebook_names()},
         "tests": {
             "passed": int(suite["tests"]) - int(suite["skipped"]),
             "skipped": int(suite["skipped"]),
@@ -316,10 +245,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.measured:
         keep_times(options.measured)
-    tables = {(record := open_record(HERE / "records" / name)).sigma: certificates(record) for name in RECORDS}
+    curves = {(record := open_record(HERE / "records" / name)).sigma: certificates(record) for name in RECORDS}
     wanted = {path: filled(path.read_text(), parts) for path, parts in PARTS.items()}
     # the SVG's bytes vary with matplotlib's version; its numbers, in the CSV beside it, do not
-    wanted[FIGURE.with_suffix(".csv")] = figures.certified_accuracy_points(tables).to_csv(index=False)
+    wanted[FIGURE.with_suffix(".csv")] = figures.certified_accuracy_points(curves).to_csv(index=False)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if options.check:
         if stale or not FIGURE.exists():
@@ -331,7 +260,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted[path])
     if FIGURE.with_suffix(".csv") in stale or not FIGURE.exists():
-        figures.save_print(figures.certified_accuracy_print(tables), FIGURE, figures.certified_accuracy_points(tables))
+        figures.save_print(figures.certified_accuracy_print(curves), FIGURE, figures.certified_accuracy_points(curves))
 
 
 if __name__ == "__main__":
