@@ -14,7 +14,7 @@ from properties import PROPERTIES, ROOMS, TRIED, inputs
 from results import read
 
 from smoothkit import data, models
-from smoothkit.reading import logs
+from smoothkit.reading import dialects
 from smoothkit.records import RecordError, create_record, open_record
 
 
@@ -28,7 +28,7 @@ def test_the_fuzzer_would_notice(monkeypatch, tmp_path):
     log = b"idx\tlabel\tpredict\tradius\n1_000\t1\t1\t0.5\n2\t1\t1\t0.5\n"
     assert difference(log, tmp_path / "log") == ("read", "")
     monkeypatch.setattr(
-        logs, "_is_number", lambda text: bool(text) and text.replace("_", "").replace(".", "").isdigit()
+        dialects, "is_number", lambda text: bool(text) and text.replace("_", "").replace(".", "").isdigit()
     )
     assert "instead of" in difference(log, tmp_path / "log")[1]
 
