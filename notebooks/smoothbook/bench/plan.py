@@ -134,7 +134,7 @@ def plan(
     else:
         notes.append(f"speed as given: {rate:,.0f} noisy copies a second each")
     ways = {"fixed n": n + n0}
-    ways |= {f"until radius {r:g} is decided": mean + n0 for r, mean in _early(dataset, n, alpha, notes)}
+    ways |= {f"until radius {r:g} is decided": mean + n0 for r, mean in _early(dataset, n, alpha, notes).items()}
     blocks = len(block_edges(n0)) + len(block_edges(n)) - 2
     return Plan(
         images=images,
@@ -195,18 +195,22 @@ def _rates(path: Path, about: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _early(dataset: str, n: int, alpha: float, notes: list[str]) -> list[tuple[float, float]]:
-    """Mean samples of the default sequential rule at each radius, as measured on published probabilities."""
+def _early(dataset: str, n: int, alpha: float, notes: list[str]) -> dict[float, float]:
+    """Mean samples of the default sequential rule by radius, where they were measured."""
     if n != 100_000 or alpha != 0.001:
         notes.append("early stopping was measured at n=100,000 and alpha=0.001 only (bench samples)")
-        return []
+        return {}
+    means = sequential_means(dataset)
+    how = "hybrid rule, on the probabilities of published logs, mean over their sigmas"
+    notes.append(f"early stopping: {how}" if means else f"early stopping was not measured on {dataset} (bench samples)")
+    return means
+
+
+def sequential_means(dataset: str) -> dict[float, float]:
+    """Mean samples of a sequential certificate by radius, over all sigmas, as `bench samples` found them."""
     rows = read_json(data_dir() / "benchmarks" / "samples.json", ValueError, rows=list)["rows"]
-    mine = [r for r in rows if r["data"] == dataset and r["sigma"] == "all" and r["rule"] == "hybrid"]
-    if not mine:
-        notes.append(f"early stopping was not measured on {dataset} (bench samples)")
-    else:
-        notes.append("early stopping: hybrid rule, on the probabilities of published logs, mean over their sigmas")
-    return [(r["radius"], r["mean"]) for r in mine]
+    found = [r for r in rows if r["data"] == dataset and r["sigma"] == "all" and r["rule"] == "hybrid"]
+    return {r["radius"]: r["mean"] for r in found}
 
 
 def _bytes_of(model: str, notes: list[str]) -> int | None:

@@ -1,5 +1,6 @@
 """Samples a fixed n takes over those sequential certification takes."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from smoothkit.types import ABSTAIN
 N = 100_000  # what the published certificates used
 N0 = 100
 REPEATS = 5
-
+RADII = {"cifar10": (0.25, 0.5), "imagenet": (0.5, 1.0)}
 
 METHOD = (
     "simulation on the probabilities recovered from published logs, the same on every machine; on the digits, live "
@@ -83,22 +84,12 @@ def _published(quick: bool) -> pd.DataFrame:
         raise DataMissing(
             "bench samples needs the published logs; put cohen2019-logs under the folder SMOOTHKIT_DATA names"
         )
-    rows = []
-    for dataset, radii in {"cifar10": (0.25, 0.5), "imagenet": (0.5, 1.0)}.items():
-        for sigma in (0.25, 0.5, 1.0):
-            p, correct = _probabilities(cohen_log(root, dataset, trained=sigma, sigma=sigma))
-            for r in radii:
-                for kind in ("hybrid",) if quick else ("hybrid", "kt", "staged"):
-                    if r < 3.5 * sigma:  # beyond that n = 100,000 itself is near its cap
-                        rows.append(
-                            {
-                                "data": dataset,
-                                "sigma": sigma,
-                                "radius": r,
-                                "rule": kind,
-                                **_compare(p, correct, sigma, r, kind),
-                            }
-                        )
+    rows, kinds = [], ("hybrid",) if quick else ("hybrid", "kt", "staged")
+    for (dataset, radii), sigma in itertools.product(RADII.items(), (0.25, 0.5, 1.0)):
+        p, correct = _probabilities(cohen_log(root, dataset, trained=sigma, sigma=sigma))
+        for r, kind in itertools.product((r for r in radii if r < 3.5 * sigma), kinds):  # beyond, n is near its cap
+            about = {"data": dataset, "sigma": sigma, "radius": r, "rule": kind}
+            rows.append(about | _compare(p, correct, sigma, r, kind))
     table = pd.DataFrame(rows)
     pooled = table.groupby(["data", "radius", "rule"], as_index=False)[["mean", "fixed", "sequential"]].mean()
     pooled = pooled.assign(sigma="all", ratio=(N + N0) / (pooled["mean"] + N0))

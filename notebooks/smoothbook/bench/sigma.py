@@ -10,11 +10,11 @@ import torch
 
 from smoothbook.bench.engine import CASES
 from smoothbook.bench.measure import CPU_METHOD, Result, clock, interleaved, spread, torch_threads
+from smoothbook.bench.plan import sequential_means
 from smoothbook.sigma.memory import Memory
 from smoothbook.sigma.search import SigmaSearch, search_sigma
 from smoothkit import Purpose, data
-from smoothkit.data import DataMissing, data_dir
-from smoothkit.records import read_json
+from smoothkit.data import DataMissing
 from smoothkit.sampling.batches import Task
 from smoothkit.sampling.stream import VoteStream
 
@@ -60,7 +60,7 @@ def sigma(
     with torch_threads(1):
         seconds = interleaved(variants, rounds=rounds or (2 if quick else 4), now=clock("cpu"))
     sample = seconds["certificate"] / samples
-    sequential = sequential_samples()
+    sequential = sequential_means("cifar10")[0.5] + N0
     rows = []
     for what, draws in DRAWS.items():
         step = (seconds[what] - seconds[f"one step, {what}"]).clip(lower=1e-9) / (steps * images)
@@ -86,13 +86,6 @@ def sigma(
         others={"MACER, 8 draws": float(table["ratio"][1]), "of a sequential one": float(table.iloc[0, -1])},
         extra={"extrapolated": True, "steps timed": steps, "samples timed": samples, "sequential samples": sequential},
     )
-
-
-def sequential_samples() -> float:
-    """Mean samples of a sequential certificate on CIFAR-10 at radius 0.5, over all sigmas, as `bench samples` found it."""
-    kept = read_json(data_dir() / "benchmarks" / "samples.json", ValueError, rows=list)["rows"]
-    wanted = {"data": "cifar10", "radius": 0.5, "rule": "hybrid", "sigma": "all"}
-    return next(float(r["mean"]) for r in kept if all(r[k] == v for k, v in wanted.items())) + N0
 
 
 # --- a memory ----------------------------------------------------------------------------------------
