@@ -12,12 +12,10 @@ References
 Jeong and Shin, "Multi-scale Diffusion Denoised Smoothing", NeurIPS 2023. arXiv:2310.16779.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 from smoothbook.adapters.base import device_of
 from smoothbook.denoise.chain import DenoisedClassifier
 from smoothbook.denoise.diffusion import DiffusionDenoiser, schedule_sigmas
+from smoothbook.denoise.trained import frozen
 from smoothbook.training.fit import FitSettings, fit
 from smoothbook.training.losses import Terms
 from smoothbook.training.run import Fitted, Rows
@@ -85,13 +84,12 @@ def denoising_loss(denoiser: DiffusionDenoiser, images: Tensor) -> Tensor:
 
     Draws come from torch's generator, which `fit` seeds for every step.
     """
-    z, _, _ = denoiser.pad(2 * images - 1)
+    z, _ = denoiser.pad(2 * images - 1)
     t = torch.randint(len(denoiser.alphas_bar), (len(z),), device=z.device)
-    alpha_bar = _table(denoiser, z)[t].reshape(-1, 1, 1, 1)
+    alpha_bar = torch.from_numpy(denoiser.alphas_bar).to(z)[t].reshape(-1, 1, 1, 1)
     noise = torch.randn_like(z)
     keep, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    answer = denoiser.unet(keep * z + spread * noise, t)
-    answer = getattr(answer, "sample", answer)[:, : z.shape[1]]
+    answer = denoiser.predict(keep * z + spread * noise, t)
     wanted = {"epsilon": noise, "sample": z, "v_prediction": keep * noise - spread * z}[denoiser.prediction]
     return F.mse_loss(answer, wanted)
 
@@ -105,15 +103,9 @@ def denoise_at(denoiser: DiffusionDenoiser, images: Tensor, sigma: Tensor) -> Te
             f"the diffusion schedule reaches sigma {float(reach):.4g} at most, and 0 not at all; got {sigma.tolist()}"
         )
     t = torch.searchsorted(levels, sigma.contiguous())  # the first that is at least as noisy
-    alpha_bar = _table(denoiser, images)[t].reshape(-1, 1, 1, 1)
-    x, top, left = denoiser.pad(alpha_bar.sqrt() * (2 * images - 1))
-    clean = denoiser.predict_clean(x, t, alpha_bar)
-    height, width = images.shape[-2:]
-    return (clean[..., top : top + height, left : left + width] + 1) / 2
-
-
-def _table(denoiser: DiffusionDenoiser, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(denoiser.alphas_bar, dtype=np.float64)).to(like)
+    alpha_bar = torch.from_numpy(denoiser.alphas_bar).to(images)[t].reshape(-1, 1, 1, 1)
+    x, window = denoiser.pad(alpha_bar.sqrt() * (2 * images - 1))
+    return (denoiser.predict_clean(x, t, alpha_bar)[window] + 1) / 2
 
 
 def calibrate(
@@ -152,18 +144,18 @@ def calibrate(
     """
     if not isinstance(denoiser, DiffusionDenoiser):
         raise ValueError(f"denoiser must be a DiffusionDenoiser, got {type(denoiser).__name__}")
-    before = {name: p.requires_grad for name, p in denoiser.unet.named_parameters()}
+    before = [(p, p.requires_grad) for p in denoiser.unet.parameters()]
     # a hard clamp passes no gradient from pixels that overshoot, which at first are those that matter
     soft = denoiser.at(denoiser.sigma, clamp="straight-through").to(device_of(denoiser))
-    if not any(before.values()):
+    if not any(wanted for _, wanted in before):
         soft.unet.requires_grad_(True)
-    frozen = copy.deepcopy(classifier).requires_grad_(False).eval().to(device_of(denoiser))
+    model = DenoisedClassifier(soft, frozen(classifier, device_of(denoiser)))
+    settings = dataclasses.replace(
+        settings or FitSettings(lr=5e-5, validation=None), loss=loss or Calibration(), schedule=Grid(tuple(sigmas))
+    )
     try:
-        settings = dataclasses.replace(
-            settings or FitSettings(lr=5e-5, validation=None), loss=loss or Calibration(), schedule=Grid(tuple(sigmas))
-        )
-        done = fit(DenoisedClassifier(soft, frozen), images, settings, on_epoch=on_epoch)
+        done = fit(model, images, settings, on_epoch=on_epoch)
     finally:
-        for name, p in denoiser.unet.named_parameters():
-            p.requires_grad_(before[name])
+        for p, wanted in before:
+            p.requires_grad_(wanted)
     return dataclasses.replace(done, model=denoiser.eval())

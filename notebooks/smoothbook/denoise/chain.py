@@ -4,13 +4,15 @@ Noise is added to the image, in its own pixel units, before anything here; which
 trained with stays inside. So votes, records and certificates need not know that there is one.
 """
 
+import abc
+
 import torch
 from torch import Tensor, nn
 
 from smoothkit.models import BaseClassifier
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, abc.ABC):
     """Noisy images [B, C, H, W] in pixel units -> clean images of the same shape on [0, 1].
 
     A subclass gives `estimate`, from rows that are normalised as it was trained: rows = (images - mean) / std. The
@@ -32,8 +34,9 @@ class Denoiser(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.estimate((images - self.mean) / self.std)
 
+    @abc.abstractmethod
     def estimate(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Clean images on [0, 1] from normalised rows."""
 
 
 class Identity(Denoiser):
@@ -75,9 +78,20 @@ class DenoisedClassifier(BaseClassifier):
             name=name or f"{denoiser.name}+{getattr(classifier, 'name', type(classifier).__name__)}",
         )
 
-    denoiser = property(lambda self: self.network.denoiser)
-    classifier = property(lambda self: self.network.classifier)
-    sigma = property(lambda self: self.network.denoiser.sigma)
+    @property
+    def denoiser(self) -> Denoiser:
+        """What takes the noise away."""
+        return self.network.denoiser
+
+    @property
+    def classifier(self) -> nn.Module:
+        """What sees the clean image."""
+        return self.network.classifier
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise that the denoiser is made for."""
+        return self.denoiser.sigma
 
     @torch.no_grad()
     def denoise(self, images: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ arXiv:2206.10550. Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models
 
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -24,12 +23,13 @@ from torch.nn import functional as F
 from smoothbook.denoise.chain import Denoiser
 from smoothbook.settings import check_type
 from smoothkit.data import data_dir
+from smoothkit.records import read_json
 from smoothkit.types import check_sigma
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 NOISE = ("exact", "schedule")
 CLAMPS = ("hard", "straight-through", "none")
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS, WEIGHTS_END = "diffusion_pytorch_model", ("safetensors", "safetensors.index.json")
 UNET, SCHEDULER = ("unet", "config.json"), ("scheduler", "scheduler_config.json")
 
 
@@ -72,16 +72,13 @@ def timestep_for(alphas_bar: np.ndarray, sigma: float) -> Timestep:
     levels = schedule_sigmas(alphas_bar)
     reached = np.flatnonzero((levels >= sigma) & np.isfinite(levels))  # at abar = 0 nothing is left of the image
     if not len(reached):
+        reach = math.floor(levels[np.isfinite(levels)].max(initial=0.0) * 1e4) / 1e4
         raise ValueError(
-            f"the diffusion schedule reaches sigma {_reach(levels):g} (pixel units) at most, "
+            f"the diffusion schedule reaches sigma {reach:g} (pixel units) at most, "
             f"got {sigma:g}; take a smaller sigma or a model with a longer schedule"
         )
     t = int(reached[0])
     return Timestep(t, float(alphas_bar[t]), float(levels[t]))
-
-
-def _reach(levels: np.ndarray) -> float:
-    return math.floor(levels[np.isfinite(levels)].max(initial=0.0) * 1e4) / 1e4
 
 
 def alphas_bar_of(scheduler: object) -> np.ndarray:
@@ -143,57 +140,50 @@ class DiffusionDenoiser(Denoiser):
         name: str = "diffusion",
     ) -> None:
         for what, value, known in (
-            ("prediction", prediction, PREDICTIONS),
-            ("noise", noise, NOISE),
-            ("clamp", clamp, CLAMPS),
-        ):
+            ("prediction", prediction, PREDICTIONS), ("noise", noise, NOISE), ("clamp", clamp, CLAMPS),
+        ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
-        alphas_bar = np.asarray(alphas_bar, dtype=np.float64)
-        step = timestep_for(alphas_bar, sigma)
+        self.alphas_bar = np.asarray(alphas_bar, dtype=np.float64)
+        step = timestep_for(self.alphas_bar, sigma)
         super().__init__(sigma=float(sigma), mean=0.5, std=0.5 / math.sqrt(step.alpha_bar), name=f"{name}@{sigma:g}")
-        self._settings = dict(
-            prediction=prediction,
-            noise=noise,
-            clamp=clamp,
-            steps=steps,
-            pad_to=pad_to,
-            name=name,
-            alphas_bar=alphas_bar,
-        )
         self.step, self.prediction, self.noise, self.clamp, self.pad_to = step, prediction, noise, clamp, pad_to
         self.noise_sigma = float(sigma) if noise == "exact" else step.sigma
         self.unet = unet
         self.channels, self.multiple = _check_unet(unet)
         path = _path(step.t, steps)
-        self._alphas_bar = [float(alphas_bar[t]) for t in path]
+        self._path_alphas_bar = [float(self.alphas_bar[t]) for t in path]
         self.register_buffer("timesteps", torch.tensor(path))
 
-    def at(self, sigma: float, **settings) -> "DiffusionDenoiser":
+    def at(
+        self, sigma: float, *, noise: str | None = None, clamp: str | None = None, steps: int | None = None
+    ) -> "DiffusionDenoiser":
         """The same model, sharing its weights, for another sigma; other settings stay unless given."""
-        return DiffusionDenoiser(self.unet, sigma=sigma, **{**self._settings, **settings})
-
-    @property
-    def alphas_bar(self) -> np.ndarray:
-        """abar_t of the whole schedule, float64 [T]."""
-        return self._settings["alphas_bar"]
+        return DiffusionDenoiser(
+            self.unet, self.alphas_bar, sigma=sigma, prediction=self.prediction, noise=noise or self.noise,
+            clamp=clamp or self.clamp, steps=len(self.timesteps) if steps is None else steps, pad_to=self.pad_to,
+            name=self.name.rpartition("@")[0],
+        )  # fmt: skip
 
     def estimate(self, rows: Tensor) -> Tensor:
         """Clean images on [0, 1] from x_t, which is (images - mean) / std."""
-        height, width = rows.shape[-2:]
-        x, top, left = self.pad(rows)
-        for i, alpha_bar in enumerate(self._alphas_bar):
+        x, window = self.pad(rows)
+        path = self._path_alphas_bar
+        for i, (alpha_bar, following) in enumerate(zip(path, [*path[1:], None], strict=True)):
             clean = self.predict_clean(x, self.timesteps[i], alpha_bar)
-            if i + 1 < len(self._alphas_bar):
-                following = self._alphas_bar[i + 1]
+            if following is not None:
                 epsilon = (x - math.sqrt(alpha_bar) * clean) / math.sqrt(1 - alpha_bar)
                 x = math.sqrt(following) * clean + math.sqrt(1 - following) * epsilon
-        return (clean[..., top : top + height, left : left + width] + 1) / 2
+        return (clean[window] + 1) / 2
+
+    def predict(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model says of x_t [B, C, H, W]: its `prediction`, without a learned variance behind it."""
+        answer = self.unet(x, timesteps)
+        return getattr(answer, "sample", answer)[:, : x.shape[1]]
 
     def predict_clean(self, x: Tensor, timesteps: Tensor, alpha_bar: Tensor | float) -> Tensor:
         """The clean image z on [-1, 1] from x_t [B, C, H, W]; one timestep, or with alpha_bar [B, 1, 1, 1] one an image."""
-        answer = self.unet(x, timesteps)
-        answer = getattr(answer, "sample", answer)[:, : x.shape[1]]  # behind it a learned variance
+        answer = self.predict(x, timesteps)
         keep, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.prediction == "epsilon":
             clean = (x - noise * answer) / keep
@@ -206,24 +196,23 @@ class DiffusionDenoiser(Denoiser):
         clamped = clean.clamp(-1, 1)
         return clamped if self.clamp == "hard" else clean + (clamped - clean).detach()
 
-    def pad(self, rows: Tensor) -> tuple[Tensor, int, int]:
-        """Rows padded by reflection to a size the model takes, and where the image lies in them (top, left)."""
+    def pad(self, rows: Tensor) -> tuple[Tensor, tuple]:
+        """Rows padded by reflection to a size the model takes, and the window in which the images lie."""
         if self.channels is not None and rows.shape[1] != self.channels:
             raise ValueError(f"{self.name} denoises images of {self.channels} channels, got shape {tuple(rows.shape)}")
-        before, after = [], []
+        window, padding = [...], []
         for size in rows.shape[-2:]:
-            wanted = math.ceil(max(size, self.pad_to or 0) / self.multiple) * self.multiple
-            before.append((wanted - size) // 2)
-            after.append(wanted - size - before[-1])
-            if after[-1] >= size:
+            missing = math.ceil(max(size, self.pad_to or 0) / self.multiple) * self.multiple - size
+            before, after = missing // 2, missing - missing // 2
+            if after >= size:
+                padded_to = f", padded to {self.pad_to}" if self.pad_to else ""
                 raise ValueError(
-                    f"{self.name} wants images whose height and width are multiples of {self.multiple}"
-                    + (f", padded to {self.pad_to}" if self.pad_to else "")
-                    + f"; {tuple(rows.shape[-2:])} is too small to be padded by reflection"
+                    f"{self.name} wants images whose height and width are multiples of {self.multiple}{padded_to}; "
+                    f"{tuple(rows.shape[-2:])} is too small to be padded by reflection"
                 )
-        if not any(after):
-            return rows, 0, 0
-        return F.pad(rows, (before[1], after[1], before[0], after[0]), mode="reflect"), before[0], before[1]
+            window.append(slice(before, before + size))
+            padding = [before, after, *padding]  # the last axis comes first
+        return F.pad(rows, padding, mode="reflect") if any(padding) else rows, tuple(window)
 
     def extra_repr(self) -> str:
         return (
@@ -261,7 +250,17 @@ def _check_unet(unet: nn.Module) -> tuple[int | None, int]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_diffusion(source: str | Path, *, sigma: float, **settings) -> DiffusionDenoiser:
+def load_diffusion(
+    source: str | Path,
+    *,
+    sigma: float,
+    prediction: str | None = None,
+    noise: str = "exact",
+    clamp: str = "hard",
+    steps: int = 1,
+    pad_to: int | None = None,
+    name: str | None = None,
+) -> DiffusionDenoiser:
     """A diffusion denoiser from a diffusers pipeline, in eval mode, its weights frozen.
 
     Parameters
@@ -271,8 +270,9 @@ def load_diffusion(source: str | Path, *, sigma: float, **settings) -> Diffusion
         `scheduler/`, or all files side by side. Weights must be safetensors.
     sigma : float
         See DiffusionDenoiser; `denoiser.at(other)` shares the weights with another sigma.
-    settings
-        noise, clamp, steps, pad_to, name, as there; `prediction` is what the scheduler's config says.
+    prediction : str, optional
+        What the scheduler's config says, if not given.
+    noise, clamp, steps, pad_to, name : as there; the folder's name if none is given
 
     Raises
     ------
@@ -281,20 +281,21 @@ def load_diffusion(source: str | Path, *, sigma: float, **settings) -> Diffusion
     ValueError
         For a pickle, a model that is no unconditional UNet2DModel, or a scheduler without a DDPM's betas.
     """
-    folder, name = _folder_of(source)
+    folder, known_as = _folder_of(source)
     unet_at, scheduler_at = _find_parts(folder)
-    unet_config = _read_json(unet_at / UNET[1])
+    unet_config = read_json(unet_at / UNET[1], ValueError)
     kind = unet_config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise ValueError(f"{name} holds a {kind}; only unconditional pixel models (UNet2DModel) denoise images")
-    alphas_bar, prediction = _read_schedule(scheduler_at / SCHEDULER[1], name)
-    from diffusers import UNet2DModel
+        raise ValueError(f"{known_as} holds a {kind}; only unconditional pixel models (UNet2DModel) denoise images")
+    alphas_bar, predicts = _read_schedule(scheduler_at / SCHEDULER[1], known_as)
+    from diffusers import UNet2DModel  # heavy: only where a pipeline is read
 
     unet = UNet2DModel.from_pretrained(unet_at, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     unet = unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    settings = {"name": name, "prediction": prediction, **settings}
-    denoiser = DiffusionDenoiser(unet.requires_grad_(False), alphas_bar, sigma=sigma, **settings)
-    return denoiser.eval()
+    return DiffusionDenoiser(
+        unet.requires_grad_(False), alphas_bar, sigma=sigma, prediction=prediction or predicts, noise=noise, clamp=clamp,
+        steps=steps, pad_to=pad_to, name=name or known_as,
+    ).eval()  # fmt: skip
 
 
 def _folder_of(source: str | Path) -> tuple[Path, str]:
@@ -333,17 +334,11 @@ def _fetch(repository: str) -> Path:
 
 def _find_parts(folder: Path) -> tuple[Path, Path]:
     """Where the network and the scheduler are; names everything that is missing."""
-    places = []
-    missing = []
-    for sub, file in (UNET, SCHEDULER):
-        found = next((at for at in (folder / sub, folder) if (at / file).is_file()), None)
-        places.append(found)
-        if found is None:
-            missing.append(f"{sub}/{file}")
-    unet = places[0]
-    if unet is not None and not (
-        (unet / f"{WEIGHTS}.safetensors").is_file() or (unet / f"{WEIGHTS}.safetensors.index.json").is_file()
-    ):
+    unet, scheduler = (
+        next((at for at in (folder / sub, folder) if (at / file).is_file()), None) for sub, file in (UNET, SCHEDULER)
+    )
+    missing = ["/".join(part) for part, at in ((UNET, unet), (SCHEDULER, scheduler)) if at is None]
+    if unet is not None and not any((unet / f"{WEIGHTS}.{end}").is_file() for end in WEIGHTS_END):
         pickles = sorted(unet.glob("*.bin")) + sorted(unet.glob("*.pt"))
         if pickles:
             raise ValueError(
@@ -353,20 +348,13 @@ def _find_parts(folder: Path) -> tuple[Path, Path]:
         missing.append(f"{unet.relative_to(folder) / WEIGHTS}.safetensors")
     if missing:
         raise FileNotFoundError(f"{folder} is no complete diffusers pipeline: it lacks {' and '.join(missing)}")
-    return places[0], places[1]
-
-
-def _read_json(path: Path) -> dict:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must map names to values, got {content!r}"[:300])
-    return content
+    return unet, scheduler
 
 
 def _read_schedule(file: Path, name: str) -> tuple[np.ndarray, str]:
     from diffusers import DDPMScheduler
 
-    config = _read_json(file)
+    config = read_json(file, ValueError)
     if not {"beta_schedule", "trained_betas", "beta_start"} & config.keys():
         raise ValueError(
             f"{name} has the scheduler {config.get('_class_name', 'without a name')}, which has no betas; a variance-preserving "
@@ -378,16 +366,13 @@ def _read_schedule(file: Path, name: str) -> tuple[np.ndarray, str]:
     known = {k: v for k, v in config.items() if k in _SCHEDULE_KEYS}
     for key, value in known.items():
         check_type(f"{file}: {key}", _SCHEDULE_KEYS[key], value)
-    if known.get("beta_schedule", "linear") not in BETA_SCHEDULES:
-        raise ValueError(
-            f"{file}: beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {known['beta_schedule']!r}"
-        )
-    if not 1 <= known.get("num_train_timesteps", 1_000) <= MOST_TIMESTEPS:
-        raise ValueError(
-            f"{file}: num_train_timesteps must lie in 1..{MOST_TIMESTEPS:,}, got {known['num_train_timesteps']}"
-        )
     for beta in known.get("trained_betas") or ():
         check_type(f"{file}: trained_betas", float, beta)
+    kind, steps = known.get("beta_schedule", "linear"), known.get("num_train_timesteps", 1_000)
+    if kind not in BETA_SCHEDULES:
+        raise ValueError(f"{file}: beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {kind!r}")
+    if not 1 <= steps <= MOST_TIMESTEPS:
+        raise ValueError(f"{file}: num_train_timesteps must lie in 1..{MOST_TIMESTEPS:,}, got {steps}")
     return alphas_bar_of(DDPMScheduler(**known)), prediction
 
 
@@ -400,7 +385,7 @@ MOST_TIMESTEPS = 100_000
 
 
 def _check_sha256(folder: Path) -> None:
-    stated = json.loads((folder / "card.json").read_text())["sha256"]
+    stated = read_json(folder / "card.json", ValueError, sha256=str)["sha256"]
     weights = folder / UNET[0] / f"{WEIGHTS}.safetensors"
     if hashlib.sha256(weights.read_bytes()).hexdigest() != stated:
         raise ValueError(f"{weights} is not the file its card describes; restore it or run data/make_diffusion.py")

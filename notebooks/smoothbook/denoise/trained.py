@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,8 @@ from smoothbook.training.fit import FitSettings, fit
 from smoothbook.training.losses import Terms
 from smoothbook.training.run import Fitted, Rows
 from smoothkit.data import Images
+from smoothkit.models.load import read_tensors
+from smoothkit.records import read_json
 from smoothkit.types import check_sigma
 
 OBJECTIVES = ("mse", "stability", "classification")
@@ -99,16 +101,18 @@ def load_denoiser(folder: str | Path) -> DnCNN:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no trained denoiser: it lacks {' and '.join(missing)}")
-    config = json.loads((folder / CONFIG).read_text())
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if kind != "dncnn":
-        raise ValueError(f"{folder / CONFIG} is of the kind {kind!r}; known is 'dncnn'")
-    settings = config.get("settings")
+    config = read_json(folder / CONFIG, ValueError, kind=str, settings=dict)
+    if config["kind"] != "dncnn":
+        raise ValueError(f"{folder / CONFIG} is of the kind {config['kind']!r}; known is 'dncnn'")
+    settings = config["settings"]
     check_keywords(f"{folder / CONFIG}: settings", DnCNN, settings)
     if not {"channels", "sigma"} <= settings.keys():
         raise ValueError(f"{folder / CONFIG}: settings must say channels and sigma, got {settings}")
     denoiser = DnCNN(**settings)
-    denoiser.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        denoiser.load_state_dict(read_tensors(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG} ({str(error).splitlines()[0]})") from None
     return denoiser.eval()
 
 
@@ -210,39 +214,42 @@ def fit_denoiser(
             raise ValueError(f"{given} is set by the objective and the denoiser's sigma; leave it out")
     if objective != "mse" and classifier is None and not surrogates:
         raise ValueError(f"the objective {objective!r} needs classifier= or surrogates=")
+    if mse is not None and objective != AFTER:
+        raise ValueError(f"mse= goes with the objective {AFTER!r}, got {objective!r}")
     unlabelled = bool((images.labels < 0).any())
     if unlabelled and objective == "classification":
         raise ValueError("the objective 'classification' needs labels; without them take mse or stability")
+    shared = dict(classifier=classifier, surrogates=surrogates, copies=copies, on_epoch=on_epoch)
+    if objective == AFTER:
+        return _stability_after_mse(denoiser, images, settings, mse or {}, shared)
     if unlabelled:  # `fit` wants labels, these losses do not look at them
         images = dataclasses.replace(images, labels=images.labels * 0)
-    if objective == AFTER:
-        parts = {"mse": dataclasses.replace(settings, **(mse or {})), "stability": settings}
-        if settings.out is not None:
-            parts = {o: dataclasses.replace(part, out=Path(settings.out) / o) for o, part in parts.items()}
-        shared = dict(classifier=classifier, surrogates=surrogates, copies=copies, on_epoch=on_epoch)
-        first = fit_denoiser(denoiser, images, parts["mse"], objective="mse", **shared)
-        if first.interrupted:
-            return first
-        then = fit_denoiser(denoiser, images, parts["stability"], objective="stability", **shared)
-        rows = [{"objective": o, **row} for o, done in (("mse", first), ("stability", then)) for row in done.rows]
-        return dataclasses.replace(
-            then, rows=rows, steps=first.steps + then.steps, seconds=first.seconds + then.seconds
-        )
-    if mse is not None:
-        raise ValueError(f"mse= goes with the objective {AFTER!r}, got {objective!r}")
+    device = device_of(denoiser)
     stand_in = surrogates[0] if surrogates else _NoAnswer(int(images.labels.max()) + 1)
     told = stand_in if classifier is None else classifier
-    device = device_of(denoiser)
-    loss = Denoising(objective, tuple(_frozen(s).to(device) for s in surrogates), copies)
-    model = DenoisedClassifier(denoiser, _frozen(told).to(device), name=denoiser.name)
-    settings = dataclasses.replace(settings, loss=loss, schedule=denoiser.sigma)
-    done = fit(model, images, settings, on_epoch=on_epoch)
+    model = DenoisedClassifier(denoiser, frozen(told, device), name=denoiser.name)
+    loss = Denoising(objective, tuple(frozen(s, device) for s in surrogates), copies)
+    done = fit(model, images, dataclasses.replace(settings, loss=loss, schedule=denoiser.sigma), on_epoch=on_epoch)
     tells = not (unlabelled or isinstance(told, _NoAnswer))
     rows = done.rows if tells else [{k: v for k, v in row.items() if k in _WITHOUT_LABELS} for row in done.rows]
     return dataclasses.replace(done, model=denoiser.eval(), rows=rows)
 
 
 _WITHOUT_LABELS = ("epoch", "step", "lr", "sigma", "loss", "seconds")
+
+
+def _stability_after_mse(denoiser: Denoiser, images: Images, settings: FitSettings, mse: dict, shared: dict) -> Fitted:
+    parts = {"mse": dataclasses.replace(settings, **mse), "stability": settings}
+    done = []
+    for objective, part in parts.items():
+        if settings.out is not None:
+            part = dataclasses.replace(part, out=Path(settings.out) / objective)
+        done.append(fit_denoiser(denoiser, images, part, objective=objective, **shared))
+        if done[0].interrupted:
+            return done[0]
+    first, then = done
+    rows = [{"objective": o, **row} for o, part in zip(parts, done, strict=True) for row in part.rows]
+    return dataclasses.replace(then, rows=rows, steps=first.steps + then.steps, seconds=first.seconds + then.seconds)
 
 
 class _NoAnswer(nn.Module):
@@ -256,5 +263,6 @@ class _NoAnswer(nn.Module):
         return images.new_zeros(len(images), self.num_classes)
 
 
-def _frozen(classifier: nn.Module) -> nn.Module:
-    return copy.deepcopy(classifier).requires_grad_(False).eval()
+def frozen(classifier: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in eval mode that passes gradients and is not trained."""
+    return copy.deepcopy(classifier).requires_grad_(False).eval().to(device)

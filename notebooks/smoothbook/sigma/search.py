@@ -229,9 +229,7 @@ def ascend(probabilities: Probabilities, sigma0: Tensor, search: SigmaSearch) ->
     kept = ~(after >= before) if search.guard else torch.zeros_like(c_a, dtype=torch.bool)  # NaN is no gain either
     found, after = torch.where(kept, sigma0, found), torch.where(kept, before, after)
     if not bool((found.isfinite() & (found > 0)).all()):
-        raise ValueError(
-            f"the ascent diverged, to sigma {found.tolist()[:3]}; use a smaller step_size or guard=True"
-        )
+        raise ValueError(f"the ascent diverged, to sigma {found.tolist()[:3]}; use a smaller step_size or guard=True")
     floats = (found, sigma0, before, after, torch.stack(trace), torch.stack(climbed))
     found, sigma0, before, after, trace, climbed = (x.double().cpu().numpy() for x in floats)
     return SigmaChoice(found, sigma0, c_a.cpu().numpy(), before, after, kept.cpu().numpy(), trace, climbed)

@@ -395,8 +395,8 @@ def test_parts_are_checked(starter):
         DenoisedClassifier(nn.Linear(1, 1), starter)
     with pytest.raises(ValueError, match="classifier must be a Module, got function"):
         DenoisedClassifier(Identity(), lambda x: x)
-    with pytest.raises(NotImplementedError):
-        Denoiser()(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(TypeError, match="abstract"):
+        Denoiser()
 
 
 # --- the starter -----------------------------------------------------------------------------------------

@@ -185,6 +185,14 @@ def test_mse_needs_neither_labels_nor_a_classifier(training):
     pixels, _, noise = noisy_batch(data.load("digits", split="validation").take("first:64"))
     with torch.no_grad():
         assert psnr(done.model(pixels + noise[0]), pixels).mean() > psnr(pixels + noise[0], pixels).mean() + 2
+    both = fit_denoiser(
+        small(),
+        unlabelled,
+        dataclasses.replace(QUICK, epochs=1),
+        objective="stability-after-mse",
+        surrogates=[nn.Flatten()],
+    )
+    assert len(both.rows) == 2 and not any("accuracy" in row for row in both.rows)  # there is no label to tell
     with pytest.raises(ValueError, match="'classification' needs labels"):
         fit_denoiser(small(), unlabelled, objective="classification", surrogates=[nn.Identity()])
 

@@ -49,7 +49,9 @@ def test_three_radii_side_by_side():
     assert shares["about"].tolist() == list(READINGS.values())
     with pytest.raises(ValueError, match="other images"):
         three_radii(frozen=FROZEN, sound=sound.assign(image_id=[9, 8, 7, 6]))
-    with pytest.raises(ValueError, match="readings must be some of"):
+    with pytest.raises(ValueError, match="at least one reading: frozen, memory, sound"):
+        three_radii()
+    with pytest.raises(TypeError, match="best"):
         three_radii(best=FROZEN)
 
 
