@@ -14,7 +14,7 @@ from properties import PROPERTIES, ROOMS, TRIED, inputs
 from results import read
 
 from smoothkit import data, models
-from smoothkit.reading import dialects
+from smoothkit.reading import LogError, dialects, read_log
 from smoothkit.records import RecordError, create_record, open_record
 
 
@@ -153,8 +153,8 @@ def test_no_pickle_is_ever_loaded(tmp_path):
     with pytest.raises((ValueError, OSError)):
         data.load(f"parquet:{tmp_path / 'x.parquet'}")
     (tmp_path / "log").write_bytes(planted)
-    with pytest.raises(logs.LogError):
-        logs.read_log(tmp_path / "log")
+    with pytest.raises(LogError):
+        read_log(tmp_path / "log")
     assert not sprung.exists()
     pickle.loads(planted).close()  # the trap works
     assert sprung.exists()
