@@ -10,24 +10,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from smoothbook.settings import RowError
-from smoothbook.tables.make import build, save_starter, train_row
-from smoothbook.tables.settings import Row, load_rows
+from smoothbook.tables.build import build, check_row
+from smoothbook.tables.make import save_starter, train_row
+from smoothbook.tables.settings import Row, RowError, load_rows
 from smoothkit import data
 from smoothkit.sampling.progress import format_seconds, say
 
 HERE = Path(__file__).parent
-SETTINGS, STARTERS, BUILD = HERE / "pretraining.yaml", HERE / "starters", HERE.parent / "runs" / "pretraining"
 
 
 def make(row: Row, device: str | None) -> None:
     images = data.load(row.data, split="train")
     say(f"{row.name}: {row.epochs} epochs of {len(images):,} images")
-    out = BUILD / f"{row.name}-{row.training_digest()}"
+    out = HERE.parent / "runs" / "pretraining" / f"{row.name}-{row.training_digest()}"
     fitted = train_row(row, images, device=device, out=out)
     if fitted.interrupted:
         sys.exit(f"{row.name}: interrupted; the same command goes on")
-    stated = save_starter(row, fitted, images, STARTERS / row.name)["validation_accuracy"]
+    stated = save_starter(row, fitted, images, HERE / "starters" / row.name)["validation_accuracy"]
     say(f"{row.name}: {stated['clean']:.3f} on clean validation images, {format_seconds(fitted.seconds)}")
 
 
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     try:
-        rows = load_rows(SETTINGS, options.variant)
+        rows = load_rows(HERE / "pretraining.yaml", options.variant, check=check_row)
     except RowError as error:
         sys.exit(str(error))
     for row in rows:

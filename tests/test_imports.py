@@ -28,7 +28,9 @@ MODULES_OF = {
     "smoothbook.sigma": [
         "distances", "ledger", "memory", "search", "table", "sound", "selectors", "reading",
     ],
-    "smoothbook.tables": ["denoisers", "selectors", "settings", "table", "make", "published", "claims"],
+    "smoothbook.tables": [
+        "settings", "denoisers", "selectors", "build", "table", "cost", "make", "published", "claims",
+    ],
     "smoothbook.panels": [
         "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
     ],

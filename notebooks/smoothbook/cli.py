@@ -288,7 +288,7 @@ def _print_report(frame, form: str) -> None:
 
 @_command("the claims of the papers, each measured from committed records", _FORMAT)
 def _claims(options: argparse.Namespace) -> None:
-    from smoothbook.tables.claims import claims
+    from smoothbook.tables import claims
 
     print(format_table(claims(), options.format), end="")
 
@@ -338,8 +338,7 @@ def _named_model(options: argparse.Namespace):
 
     if options.model is not None:
         return models.load(options.model)
-    from smoothbook.settings import RowError
-    from smoothbook.tables.make import classifier_of
+    from smoothbook.tables import RowError, classifier_of
 
     try:
         return classifier_of(options.record)

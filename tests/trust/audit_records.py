@@ -6,8 +6,7 @@ import time
 
 from results import ROOT, keep
 
-from smoothbook.settings import RowError
-from smoothbook.tables.make import classifier_of
+from smoothbook.tables import RowError, classifier_of
 from smoothkit.reading import audit
 from smoothkit.reading.audit import FAILED, NOT_CHECKED, PASSED
 

@@ -21,12 +21,9 @@ from smoothbook.bench.plan import known_rate
 from smoothbook.figures.show import read_figure
 from smoothbook.runner import gallery
 from smoothbook.runner.notebooks import load_preset
-from smoothbook.settings import RowError
 from smoothbook.sigma.ledger import Ledger, LedgerError
 from smoothbook.sigma.sound import GEOMETRY, keep_geometry, read_geometry
-from smoothbook.tables import selectors
-from smoothbook.tables.settings import load_rows
-from smoothbook.tables.table import read_card
+from smoothbook.tables import Card, RowError, load_rows, selectors
 from smoothbook.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from smoothkit import data, models
 from smoothkit.reading import ReportError
@@ -139,7 +136,7 @@ def checkpoint(folder):
 @kind
 def card_of_a_row(folder):
     (folder / "card.json").write_text(json.dumps(CARD))
-    return folder / "card.json", lambda: read_card(folder), RowError
+    return folder / "card.json", lambda: Card.read(folder), RowError
 
 
 @kind
@@ -160,9 +157,10 @@ def sigmas_of_a_search(folder, monkeypatch):
     found = types.SimpleNamespace(sigma=np.full(8, 0.25))
     monkeypatch.setattr(selectors, "search_sigma", lambda *_, **__: found)
     model, images, search = vit(), eight(), {"steps": 1, "draws": 1}
+    sampling = types.SimpleNamespace(seed=0, device=None, progress=False)
 
     def read():
-        return selectors._found(folder, model, images, 0.25, search, {"seed": 0, "progress": False})
+        return selectors._search(model, images, 0.25, search, sampling, folder)
 
     read()
     return folder / "sigma.json", read, RecordError

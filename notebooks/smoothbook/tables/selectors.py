@@ -1,102 +1,133 @@
-"""Searches, tables and selectors from the settings of a row (`rows.Row`), and sampling votes with them."""
+"""Searches, tables and selectors from the settings of a row (`settings.Row`), and sampling votes with them."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smoothbook.settings import check_keywords, check_type
+from smoothbook.settings import check_keywords, read_settings
 from smoothbook.sigma.search import ClampedRadius, FiniteSampleRadius, ReleasedRadius, SigmaSearch, search_sigma
 from smoothbook.sigma.selectors import prototypes_by_sigma, wanted_of
 from smoothbook.sigma.sound import GEOMETRY, VOTES, keep_geometry
 from smoothbook.sigma.table import SigmaTable
+from smoothbook.training import FitSettings, fit
+from smoothkit.certify.bounds import check_reach
 from smoothkit.data import Images
 from smoothkit.models import BaseClassifier, fingerprint
 from smoothkit.records import Record, compact, open_record, read_json, write_atomically
 from smoothkit.sampling.run import collect_votes
-from smoothkit.types import StoppingRule, check_sigma
+from smoothkit.types import StoppingRule, check_samples, check_sigma
 
 OBJECTIVES = {"clamped": ClampedRadius, "released": ReleasedRadius, "finite": FiniteSampleRadius}
-SELECTORS = {
-    "prototypes": ("kind", "sigmas", "each", "train_images"),
-    "smoothed": ("kind", "sigmas", "sigma_e", "train_images", "epochs", "base"),
-}
 
 
-def parse_search(settings: dict[str, Any]) -> SigmaSearch:
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the votes of a row are taken; batch, device, precision and compile as in `collect_votes`."""
+
+    rule: StoppingRule
+    seed: int  # of the noise, and of searching sigma: they share no draws
+    progress: bool = True
+    batch: int | None = None
+    device: str | None = None
+    precision: str = "float32"
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_reach(self.rule.n, self.rule.alpha)
+
+    def votes(self, model: Callable, images: Images, sigma: float | np.ndarray, out: Path | None) -> Record:
+        """At one sigma, or one for each image; kept in the folder `out`, where an interrupted run goes on."""
+        return collect_votes(
+            model, images, sigma=sigma, stopping_rule=self.rule, seed=self.seed, out=out, batch=self.batch,
+            device=self.device, precision=self.precision, compile=self.compile, progress=self.progress,
+        )  # fmt: skip
+
+
+# --- settings ----------------------------------------------------------------------------------------
+
+
+def read_search(settings: dict[str, Any]) -> SigmaSearch:
     """`objective: clamped | released | finite` with its settings, and those of `SigmaSearch`."""
-    settings = dict(settings)
-    objective = settings.pop("objective", "clamped")
-    if not isinstance(objective, str) or objective not in OBJECTIVES:
-        raise ValueError(f"search: objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    of_objective = {f.name for f in dataclasses.fields(OBJECTIVES[objective])}
-    of_search = {f.name for f in dataclasses.fields(SigmaSearch)} - {"objective"}
-    _check_known("search", settings, of_objective | of_search)
-    own = {k: settings.pop(k) for k in of_objective & settings.keys()}
-    check_keywords("search", OBJECTIVES[objective], own)
-    check_keywords("search", SigmaSearch, settings)
-    made = OBJECTIVES[objective](**own)
-    return SigmaSearch(objective=made, **settings)
+    settings = {"objective": "clamped"} | settings
+    return read_settings(SigmaSearch, settings, where="search", parts={"objective": OBJECTIVES})
 
 
-def parse_table(sigma0: float, settings: dict[str, Any]) -> SigmaTable:
+def read_table(sigma0: float, settings: dict[str, Any]) -> SigmaTable:
     """`fixed_for`, and the settings of a search; a step an epoch."""
-    settings = dict(settings)
-    share = {"fixed_for": settings.pop("fixed_for")} if "fixed_for" in settings else {}
-    check_keywords("table", SigmaTable, share)
-    return SigmaTable(sigma0, parse_search(settings), **share)
+    own = check_keywords("table", SigmaTable, {k: v for k, v in settings.items() if k == "fixed_for"})
+    return SigmaTable(sigma0, read_search({k: v for k, v in settings.items() if k not in own}), **own)
 
 
-def check_selector(settings: dict[str, Any]) -> None:
-    """Whether the settings describe a selector; ValueError if not."""
-    if not isinstance(settings.get("kind"), str) or settings["kind"] not in SELECTORS:
-        raise ValueError(f"selector: kind must be one of {', '.join(SELECTORS)}, got {settings.get('kind')!r}")
-    _check_known("selector", settings, SELECTORS[settings["kind"]])
-    missing = sorted(set(SELECTORS[settings["kind"]]) - settings.keys())
-    if missing:
-        raise ValueError(f"selector: {', '.join(missing)} missing")
-    types = {
-        "kind": str,
-        "sigmas": list,
-        "each": int,
-        "sigma_e": float,
-        "train_images": str,
-        "epochs": int,
-        "base": str,
-    }
-    for name, value in settings.items():
-        check_type(f"selector: {name}", types[name], value)
-    sigmas = [*settings["sigmas"], *([settings["sigma_e"]] if "sigma_e" in settings else [])]
-    if not settings["sigmas"]:
-        raise ValueError("selector: sigmas must not be empty; it is what there is to choose from")
+@dataclasses.dataclass(frozen=True)
+class Prototypes:
+    """A nearest-prototype selector: `each` prototypes of every sigma, from sigmas searched on `train_images`."""
+
+    sigmas: list[float]
+    each: int
+    train_images: str
+
+    def __post_init__(self) -> None:
+        _check_sigmas(self.sigmas)
+        check_samples("each", self.each)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothedVotes:
+    """A smoothed selector at noise `sigma_e`: the classifier `base`, trained to name the sigmas searched on `train_images`."""
+
+    sigmas: list[float]
+    sigma_e: float
+    train_images: str
+    epochs: int
+    base: str
+
+    def __post_init__(self) -> None:
+        _check_sigmas([*self.sigmas, self.sigma_e])
+        check_samples("epochs", self.epochs)
+
+
+SELECTORS = {"prototypes": Prototypes, "smoothed": SmoothedVotes}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    kind: Prototypes | SmoothedVotes
+
+
+def read_selector(settings: dict[str, Any]) -> Prototypes | SmoothedVotes:
+    """`kind: prototypes | smoothed` with its settings."""
+    return read_settings(_Chosen, settings, where="selector", parts={"kind": SELECTORS}).kind
+
+
+def _check_sigmas(sigmas: list[float]) -> None:
+    if not sigmas:
+        raise ValueError("sigmas must not be empty; give several, as [0.18, 0.25, 0.35]")
     for sigma in sigmas:
         check_sigma(sigma)
-    for name in ("each", "epochs"):
-        if settings.get(name, 1) < 1:
-            raise ValueError(f"selector: {name} must be at least 1, got {settings[name]}")
-
-
-def _check_known(what: str, settings: dict[str, Any], known: Sequence[str] | set[str]) -> None:
-    unknown = sorted(settings.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{what}: unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
 
 # --- sampling ----------------------------------------------------------------------------------------
 
 
 def sample_searched(
-    model: BaseClassifier, images: Images, *, sigma0: float, search: dict[str, Any], out: Path | None, **sampling
+    model: BaseClassifier,
+    images: Images,
+    *,
+    sigma0: float,
+    search: dict[str, Any],
+    sampling: Sampling,
+    out: Path | None,
 ) -> Record:
     """Votes at the sigma found for each image; an interrupted run goes on with the sigmas it had found.
 
-    `out` gets `sigma.json` and the record `votes`; `sampling` is that of `_sample`.
+    `out` gets `sigma.json` and the record `votes`.
     """
-    found = _found(out, model, images, sigma0, search, sampling)
-    return _sample(model, images, found, None if out is None else out / "votes", **sampling)
+    found = _search(model, images, sigma0, search, sampling, out)
+    return sampling.votes(model, images, found, None if out is None else out / "votes")
 
 
 def sample_selected(
@@ -106,27 +137,29 @@ def sample_selected(
     *,
     sigma0: float,
     search: dict[str, Any],
-    selector: dict[str, Any],
+    selector: Prototypes | SmoothedVotes,
     new_selector: Callable[[int], BaseClassifier],
+    sampling: Sampling,
     out: Path,
-    **sampling,
 ) -> Record:
     """Votes at the sigma a selector chooses for each image, and beside them what the selector said.
 
     Parameters
     ----------
     train : Images
-        The training split. The selector is made of the sigmas searched on `selector["train_images"]` of it.
+        The training split. The selector is made of the sigmas searched on `selector.train_images` of it.
     new_selector : callable
         Number of classes -> an untrained base classifier for a smoothed selector.
     out : path
-        Gets the record `votes`, and `selector.npz` or the record `selector`; see `sound`.
+        Gets the record `votes`, and `selector.npz` or the record `selector`; see `sigma.sound`.
     """
-    chosen = train.take(selector["train_images"])
-    found = _found(out, model, chosen, sigma0, search, sampling)
-    make = _by_prototypes if selector["kind"] == "prototypes" else _by_votes
-    sigmas = make(images, chosen, found, selector, new_selector, out, sampling)
-    return _sample(model, images, sigmas, out / "votes", **sampling)
+    chosen = train.take(selector.train_images)
+    found = _search(model, chosen, sigma0, search, sampling, out)
+    if isinstance(selector, Prototypes):
+        sigmas = _by_prototypes(selector, images, chosen, found, out)
+    else:
+        sigmas = _by_votes(selector, images, chosen, found, new_selector(len(selector.sigmas)), sampling, out)
+    return sampling.votes(model, images, sigmas, out / "votes")
 
 
 def keep_selector(kept: Path, out: Path) -> None:
@@ -137,50 +170,45 @@ def keep_selector(kept: Path, out: Path) -> None:
         compact(open_record(out / VOTES), kept / VOTES)
 
 
-def _by_prototypes(images, chosen, found, selector, new_selector, out: Path, sampling) -> np.ndarray:
-    made = prototypes_by_sigma(chosen, found, sigmas=selector["sigmas"], each=selector["each"])
+def _by_prototypes(selector: Prototypes, images: Images, chosen: Images, found: np.ndarray, out: Path) -> np.ndarray:
+    made = prototypes_by_sigma(chosen, found, sigmas=selector.sigmas, each=selector.each)
     choice = made.choose(images)
-    points = made.points.reshape(-1, *made.shape)
-    keep_geometry(out, points, made.sigmas, images.ids, choice.radius)
+    keep_geometry(out, made.points.reshape(-1, *made.shape), made.sigmas, images.ids, choice.radius)
     return choice.sigma
 
 
-def _by_votes(images, chosen, found, selector, new_selector, out: Path, sampling) -> np.ndarray:
-    from smoothbook.training import FitSettings, fit
-
-    sigmas = [float(s) for s in selector["sigmas"]]
+def _by_votes(
+    selector: SmoothedVotes, images: Images, chosen: Images, found: np.ndarray, untrained: BaseClassifier,
+    sampling: Sampling, out: Path,
+) -> np.ndarray:  # fmt: skip
+    sigmas = [float(s) for s in selector.sigmas]
     wanted = dataclasses.replace(chosen, labels=wanted_of(found, sigmas), class_names=())
     how = FitSettings(
-        schedule=selector["sigma_e"], epochs=selector["epochs"], batch=64, lr=1e-3, weight_decay=0.05, seed=0,
-        description="training the selector", out=out / "training", resume=True,
+        schedule=selector.sigma_e, epochs=selector.epochs, batch=64, description="training the selector",
+        out=out / "training", resume=True,
     )  # fmt: skip
-    fitted = fit(new_selector(len(sigmas)), wanted, how)
+    fitted = fit(untrained, wanted, how)
     unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1), class_names=())
-    record = _sample(fitted.model, unlabelled, selector["sigma_e"], out / VOTES, **sampling)
+    record = sampling.votes(fitted.model, unlabelled, selector.sigma_e, out / VOTES)
     counts = record.votes().set_index("image_id")["counts_selection"].loc[list(images.ids)]
     return np.array(sigmas)[[int(c.argmax()) for c in counts]]
 
 
-def _sample(
-    model, images: Images, sigma, out: Path | None, *, n0: int, n: int, alpha: float, seed: int, **how
-) -> Record:
-    rule = StoppingRule(n0=n0, n=n, alpha=alpha)
-    return collect_votes(model, images, sigma=sigma, stopping_rule=rule, seed=seed, out=out, **how)
-
-
-def _found(
-    out: Path | None, model, images: Images, sigma0: float, search: dict[str, Any], sampling: dict
+def _search(
+    model: BaseClassifier, images: Images, sigma0: float, search: dict[str, Any], sampling: Sampling, out: Path | None
 ) -> np.ndarray:
     """The sigmas of a search, from `out/sigma.json` where it was finished before."""
     about = {"fingerprint": fingerprint(model), "images": list(images.ids), "sigma0": sigma0, "search": search}
-    about |= {"seed": sampling["seed"]}
+    about |= {"seed": sampling.seed}
     path = None if out is None else out / "sigma.json"
     if path is not None and path.is_file():
         kept = read_json(path, remedy="move it away and run again: the search finds the same", sigma=list)
         if {k: kept.get(k) for k in about} == about:
             return np.array(kept["sigma"])
-    searching = {k: sampling[k] for k in ("seed", "progress", "device") if k in sampling}
-    found = search_sigma(model, images, sigma0=sigma0, search=parse_search(search), **searching).sigma
+    found = search_sigma(
+        model, images, sigma0=sigma0, search=read_search(search), seed=sampling.seed, device=sampling.device,
+        progress=sampling.progress,
+    ).sigma  # fmt: skip
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(json.dumps(about | {"sigma": found.tolist()}).encode()))

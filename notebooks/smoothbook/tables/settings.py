@@ -1,70 +1,52 @@
-"""A row of a table of experiments, and its settings as read from data/rows/TABLE.yaml."""
+"""A row of a table of experiments: its settings, read from data/rows/TABLE.yaml, and the card kept beside its votes."""
 
-import dataclasses
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-from smoothbook.settings import RowError, _check_keys, _check_one_of, check_keywords, check_type, read_yaml
+from smoothbook.settings import check_fields, check_one_of, check_type, read_settings, read_yaml
+from smoothkit.records import parse_json
 from smoothkit.types import check_alpha, check_sigma
 
 CARD = "card.json"
-METHODS = (
-    "clean", "full", "head", "lora", "bottleneck", "prompts", "certifying", "ensemble", "coordinator", "denoiser",
-)  # fmt: skip
+METHODS = Literal[
+    "clean", "full", "head", "lora", "bottleneck", "prompts", "certifying", "ensemble", "coordinator", "denoiser"
+]
 WITHOUT_ADAPTER = ("clean", "full", "head", "denoiser")
-LOSSES = ("gaussian", "smoothadv", "macer", "consistency", "stability")
-ATTACKS = ("pgd", "ddn")
+LOSSES = Literal["gaussian", "smoothadv", "macer", "consistency", "stability"]
 CLASSIFIER, STARTER = "classifier", "starter:"  # a folder beside a record, or one of the workbook's starters
-_SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
 HELD_OUT = "held-out"
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast where libyaml is there
 OF_ROW, RANDOM = "row:", "random:"  # in front of a base: another row's classifier; an architecture with new weights
+_SHOWN_ONLY = ("name", "title", "note")  # say nothing about how a row is made
 _CERTIFYING = ("n0", "n", "alpha", "noise_seed", "images", "search", "selector")  # say nothing about how it is trained
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One trained classifier of a table, and how it is certified.
+class RowError(ValueError):
+    """A table or row that cannot be read or made; the message names it and says what would do."""
 
-    `sigma` is the certificate's noise level, and that of training unless `schedule` says otherwise (see
-    `training.schedules.parse`; `clean` is no noise). `base` is a name for `models.load`, with `model_args`; `random:`
-    in front leaves its weights random, and `row:NAME` is the classifier of another row. `num_classes` puts a new head
-    on it. `method` is what is trained: nothing (`clean`), the whole base (`full`), its head (`head`), or an adapter with
-    the settings in `adapter`, the keyword arguments of the function of that name in `smoothbook.adapters`; an `ensemble`
-    has `members: {SIGMA: row:NAME}` there. `images` are certified, `train_images` trained on, both by `Images.take`;
-    `held-out` certifies the share `validation` of the training images that training leaves out.
-    With `search` (see `selectors.parse_search`) each image is certified at a sigma of its own, found from `sigma`; with
-    `selector` beside it (`sigma.settings.SELECTORS`) at the one a sound selector chooses. A `table` of sigmas trains
-    each image with its own (`sigma.table.SigmaTable`).
-    `denoiser` puts a denoiser in front (settings as in `denoise.make`), which stays as it is while the classifier learns on
-    denoised images; the method `denoiser` trains it in place of the classifier.
-    A classifier to `keep` is rounded to half precision after training, and stored beside its record, or, where `keep`
-    is `starter:NAME`, as that starter.
-    `loss_settings` are those of the loss; its attack is `attack` (pgd or ddn) with `epsilon`,
-    `steps`, `step_size`, `gamma`, `levels`. A coordinator takes `steps` and `spsa` in place of epochs and lr, and
-    `adapter: {encoder: MODEL}`.
-    """
+
+@dataclass(frozen=True)
+class Row:
+    """One trained classifier of a table, and how it is certified."""
 
     name: str
-    sigma: float
+    sigma: float  # of the certificate, pixel units, and of training unless `schedule` says otherwise
     title: str = ""
     note: str = ""
-    method: str = "full"
-    base: str = "starter:digits-vit-clean"
-    model_args: dict = dataclasses.field(default_factory=dict)
-    num_classes: int | None = None
+    # what is trained: nothing (clean), the whole base (full), its head, a denoiser in front of it, or an adapter
+    method: METHODS = "full"
+    base: str = "starter:digits-vit-clean"  # for models.load; row:NAME is another row's classifier, random: new weights
+    model_args: dict = field(default_factory=dict)
+    num_classes: int | None = None  # of a new head
     data: str = "digits"
-    train_images: str = "all"
-    loss: str = "gaussian"
-    loss_settings: dict = dataclasses.field(default_factory=dict)
-    schedule: str = ""
+    train_images: str = "all"  # by Images.take
+    loss: LOSSES = "gaussian"
+    loss_settings: dict = field(default_factory=dict)  # and those of its attack, as {attack: pgd, epsilon: 1}
+    schedule: str = ""  # a line as training.schedules.parse reads it; clean is no noise
     epochs: int = 40
     batch: int = 64
     lr: float = 1e-3
@@ -78,23 +60,25 @@ class Row:
     precision: str = "float32"
     validation: float = 0.1
     seed: int = 0
-    adapter: dict = dataclasses.field(default_factory=dict)
-    denoiser: dict = dataclasses.field(default_factory=dict)
-    steps: int | None = None
-    spsa: dict = dataclasses.field(default_factory=dict)
+    # keyword arguments of the function in smoothbook.adapters; {members: {SIGMA: row:NAME}} of an ensemble, and
+    # {encoder: MODEL} of a coordinator, among them
+    adapter: dict = field(default_factory=dict)
+    denoiser: dict = field(default_factory=dict)  # in front of the classifier, see `denoisers`
+    steps: int | None = None  # of a coordinator, with `spsa`, in place of epochs and lr
+    spsa: dict = field(default_factory=dict)
     n0: int = 100
     n: int = 1_000
     alpha: float = 0.001
     noise_seed: int = 0
-    images: str = "all"
+    images: str = "all"  # to certify, by Images.take; "held-out" is the share `validation` that training leaves out
+    # keep the classifier, rounded to half precision, beside its record, or as the starter "starter:NAME"
     keep: bool | str = False
-    search: dict = dataclasses.field(default_factory=dict)
-    selector: dict = dataclasses.field(default_factory=dict)
-    table: dict = dataclasses.field(default_factory=dict)
+    search: dict = field(default_factory=dict)  # for a sigma for each image, starting at `sigma`; see `selectors`
+    selector: dict = field(default_factory=dict)  # chooses one of a few sigmas, made of searched ones; see `selectors`
+    table: dict = field(default_factory=dict)  # trains each image at a sigma of its own; see `sigma.table`
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_type(field.name, field.type, getattr(self, field.name))
+        check_fields(self)
         object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "title", self.title or self.name)
         if "members" in self.adapter:  # as a card's JSON has them
@@ -105,8 +89,6 @@ class Row:
             raise RowError(
                 f"name must be lower-case letters, digits, . - and _ (it becomes a folder), got {self.name!r}"
             )
-        _check_one_of("method", self.method, METHODS)
-        _check_one_of("loss", self.loss, LOSSES)
         check_sigma(self.sigma)
         check_alpha(self.alpha)
         if isinstance(self.keep, str) and (not self.keep.startswith(STARTER) or self.method not in WITHOUT_ADAPTER):
@@ -133,27 +115,84 @@ class Row:
 
         `rows` holds, by name, the rows that this one is made from.
         """
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING, "keep")}
+        settings = {k: v for k, v in asdict(self).items() if k not in (*_SHOWN_ONLY, *_CERTIFYING, "keep")}
         settings["schedule"] = "" if self.method == "clean" else self.schedule or f"fixed:{self.sigma:g}"
         del settings["sigma"]
         if self.method == "clean":
             settings = {k: settings[k] for k in ("method", "base", "model_args", "num_classes", "denoiser")}
         settings["made_from"] = [(rows[name].training_digest(rows), bool(rows[name].keep)) for name in self.made_from]
-        plain = {f.name: f.default for f in dataclasses.fields(self)} | {"model_args": {}, "table": {}, "denoiser": {}}
+        plain = {f.name: f.default for f in fields(self)} | {"model_args": {}, "table": {}, "denoiser": {}}
         settings = {k: v for k, v in settings.items() if k not in plain or v != plain[k]}  # new fields change no digest
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def made_like(self, other: "Row") -> bool:
         """Whether the other's record would be this one's: all settings agree but name, title and note."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        mine, theirs = asdict(self), asdict(other)
         return all(mine[k] == theirs[k] for k in mine if k not in _SHOWN_ONLY)
 
 
-# --- settings --------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is kept of a row beside its votes.
+
+    Numbers of trained and of all parameters, trained ones by part of the network, steps and seconds of training, CPU
+    threads, the end of its history, the fingerprint of what was certified, versions of packages; `queries` of a black
+    box; `made_from` holds the digests of the rows it started from.
+    """
+
+    row: Row
+    trained: int
+    parameters: int
+    parts: dict = field(default_factory=dict)
+    steps: int
+    seconds: float
+    threads: int = 1
+    interrupted: bool = False
+    end: dict = field(default_factory=dict)
+    fingerprint: str
+    versions: dict = field(default_factory=dict)
+    queries: int | None = None
+    made_from: dict = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Card":
+        """The card in the folder of a kept row.
+
+        Raises
+        ------
+        RowError
+            If it is missing or cannot be read.
+        """
+        folder = Path(folder)
+        try:
+            content = (folder / CARD).read_bytes()
+            return read_settings(cls, parse_json(content, CARD, RowError), where=CARD)
+        except FileNotFoundError:
+            raise RowError(f"{folder.name}: no {CARD}; make the row again") from None
+        except ValueError as error:
+            raise RowError(f"{folder.name}: {CARD} cannot be read ({error}); make the row again") from None
+
+    def write(self, folder: str | Path) -> None:
+        """Write it into a folder; `queries` and `made_from` only where there are any."""
+        known = {k: v for k, v in asdict(self).items() if k not in ("queries", "made_from") or v}
+        (Path(folder) / CARD).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
+# --- tables of rows ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """What data/rows/TABLE.yaml may hold."""
+
+    rows: list[dict]
+    title: str = ""
+    defaults: dict = field(default_factory=dict)
+    variants: dict[str, dict] = field(default_factory=dict)
+
+
+def load_rows(path: str | Path, variant: str | None = None, *, check: Callable[[Row], Any] | None = None) -> list[Row]:
     """The rows of a table from a YAML file.
 
     `defaults` holds settings for all rows and `rows` a list of settings. Where `sigma` or `seed` is a list, a row is
@@ -161,71 +200,91 @@ def load_rows(path: str | Path, variant: str | None = None) -> list[Row]:
     `variants` maps names to settings that go over all others, as those of a reduced run; `random: true` among them leaves
     all weights random, for a trial where none are at hand.
 
+    Parameters
+    ----------
+    path : path
+    variant : str, optional
+    check : callable, optional
+        Is called with each row and may refuse it, as `build.check_row`.
+
     Raises
     ------
     RowError
         For a misspelt key (the near one is named), a value that cannot be, or two rows of one name.
     """
-    path = Path(path)
-    content = read_yaml(path, loader=_LOADER)
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
-        raise RowError(f"{path.name} must map `rows` to a list of rows (and may have `title` and `defaults`)")
-    _check_keys(f"{path.name}: ", content, ("title", "defaults", "variants", "rows"))
-    defaults, variants = content.get("defaults") or {}, content.get("variants") or {}
-    for name, settings in (("defaults", defaults), ("variants", variants)):
-        if not isinstance(settings, dict):
-            raise RowError(f"{path.name}: {name} must map settings to values, got {settings!r}")
-    if variant is not None:
-        _check_one_of(f"{path.name}: variant", variant, list(variants))
-        if not isinstance(variants[variant], dict):
-            raise RowError(f"{path.name}: variant {variant} must map settings to values, got {variants[variant]!r}")
-    rows = []
-    for number, settings in enumerate(content["rows"], start=1):
-        if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
-            raise RowError(
-                f"{path.name}: row {number} must map settings to values, `name` (a text) among them; got {settings!r}"
-            )
-        where = f"{path.name}, row {settings['name']}: "
-        merged = {**defaults, **settings, **variants.get(variant, {})}
-        if merged.pop("random", False):
-            merged = _with_random_weights(merged)
-        _check_keys(where, merged, [f.name for f in dataclasses.fields(Row)])
-        if "sigma" not in merged:
-            raise RowError(f"{where}sigma is missing; it is the noise level to certify at")
-        try:
-            rows += [_checked(Row(**one)) for one in _spread(merged)]
-        except ValueError as error:
-            raise RowError(f"{where}{error}") from None
-    names = [row.name for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RowError(f"{path.name} has two rows named {', '.join(twice)}")
-    for number, row in enumerate(rows):
-        later = [name for name in row.made_from if name not in names[:number]]
-        if later:
-            raise RowError(f"{path.name}, row {row.name}: made from {', '.join(later)}, which is no row before it")
+    path, rows = Path(path), []
+    try:
+        content = _read_file(path)
+        if variant is not None:
+            check_one_of(f"{path.name}: variant", variant, content.variants)
+        for number, settings in enumerate(content.rows, start=1):
+            where = f"{path.name}, row {settings.get('name', number)}"
+            merged = {**content.defaults, **settings, **content.variants.get(variant, {})}
+            for row in _read_rows(merged, where):
+                if check is not None:
+                    _refused_at(where, check, row)
+                rows.append(row)
+    except ValueError as error:
+        raise RowError(str(error)) from None
+    _check_names(path.name, rows)
     return rows
 
 
-def _spread(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def variants_of(path: str | Path) -> list[str]:
+    """The names of the variants in a table's YAML file."""
+    return list(_read_file(Path(path)).variants)
+
+
+def _read_file(path: Path) -> _File:
+    content = read_yaml(path)
+    if isinstance(content, dict):  # a key with nothing behind it is as good as none
+        content = {k: v for k, v in content.items() if v is not None}
+    return read_settings(_File, content, where=path.name)
+
+
+def _read_rows(settings: dict[str, Any], where: str) -> Iterator[Row]:
+    check_type(f"{where}: name", str, settings.get("name"))
+    if settings.pop("random", False):
+        settings = _with_random_weights(settings)
+    for one in _spread(settings, where):
+        yield read_settings(Row, one, where=where)
+
+
+def _refused_at(where: str, check: Callable, row: Row) -> None:
+    try:
+        check(row)
+    except ValueError as error:
+        raise RowError(f"{where}: {error}") from None
+
+
+def _check_names(file: str, rows: list[Row]) -> None:
+    names = [row.name for row in rows]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RowError(f"{file} has two rows named {', '.join(twice)}")
+    for number, row in enumerate(rows):
+        if later := [name for name in row.made_from if name not in names[:number]]:
+            raise RowError(f"{file}, row {row.name}: made from {', '.join(later)}, which is no row before it")
+
+
+def _spread(settings: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """One mapping for each sigma and seed, where they are lists."""
     spread = [settings]
     for key, form, words in (("sigma", "{:.2f}", ""), ("seed", "seed{}", ", seed {}")):
-        values = settings.get(key)
-        if isinstance(values, list):
-            for value in values:
-                check_type(key, Row.__dataclass_fields__[key].type, value)
-            check_type("title", str, settings.get("title", ""))
+        if isinstance(settings.get(key), list):
+            values = check_type(f"{where}: {key}", list[Row.__dataclass_fields__[key].type], settings[key])
+            title = check_type(f"{where}: title", str, settings.get("title", settings["name"]))
             spread = [
-                {
-                    **(_filled(one, form.format(value)) if key == "sigma" else one),
-                    key: value,
-                    "name": f"{one['name']}-{form.format(value)}",
-                    "title": one.get("title", one["name"]) + words.format(value),
-                }
+                _named(one, key, value, form.format(value), title + words.format(value))
                 for one in spread
                 for value in values
             ]
     return spread
+
+
+def _named(settings: dict[str, Any], key: str, value: float, form: str, title: str) -> dict[str, Any]:
+    if key == "sigma":
+        settings = _filled(settings, form)
+    return settings | {key: value, "name": f"{settings['name']}-{form}", "title": title}
 
 
 def _filled(value: Any, sigma: str) -> Any:
@@ -245,69 +304,3 @@ def _with_random_weights(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(adapter, dict) and "encoder" in adapter:
         settings = {**settings, "adapter": {**adapter, "encoder": random(adapter["encoder"])}}
     return {**settings, "base": random(settings.get("base", Row.base))}
-
-
-def _checked(row: Row) -> Row:
-    """Build everything small that training would build, so that an error comes before anything runs."""
-    from smoothbook import adapters
-    from smoothbook.training import SPSA
-
-    if row.method != "clean":
-        _schedule(row)
-        _loss(row)
-    if row.denoiser:
-        from smoothbook.tables.denoisers import check_settings
-
-        check_settings(row.denoiser, trained=row.method == "denoiser")
-    if row.search or row.selector:
-        from smoothbook.tables.selectors import check_selector, parse_search
-
-        parse_search(row.search)
-        if row.selector:
-            check_selector(row.selector)
-    _check_keys("spsa: ", row.spsa, [f.name for f in dataclasses.fields(SPSA)])
-    check_keywords("spsa", SPSA, row.spsa)
-    SPSA(**row.spsa)
-    if row.method not in WITHOUT_ADAPTER:
-        function = getattr(adapters, row.method)
-        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        more = {"coordinator": ["encoder"], "ensemble": ["members"]}.get(row.method, [])
-        _check_keys(f"adapter ({row.method}): ", row.adapter, [k for k in known if k != "seed"] + more)
-        own = {k: v for k, v in row.adapter.items() if k not in more}
-        check_keywords(f"adapter ({row.method})", function, own)
-    return row
-
-
-def _schedule(row: Row) -> Callable:
-    from smoothbook.training import parse
-
-    if not row.table:
-        return parse(row.schedule or row.sigma)
-    from smoothbook.tables.selectors import parse_table
-
-    if row.schedule:
-        raise RowError(f"a table of sigmas is a schedule; leave out schedule {row.schedule!r}")
-    return parse_table(row.sigma, row.table)
-
-
-def _loss(row: Row) -> Callable:
-    from smoothbook.training import LOSSES as KNOWN
-    from smoothbook.training import attacks
-
-    settings, kind = dict(row.loss_settings), KNOWN[row.loss]
-    known, where = [f.name for f in dataclasses.fields(kind)], f"loss_settings ({row.loss})"
-    attack = settings.pop("attack", "pgd" if row.loss == "smoothadv" else None) if "attack" in known else None
-    if attack is None:
-        _check_keys(f"{where}: ", settings, known)
-        check_keywords(where, kind, settings)
-        return kind(**settings)
-    _check_one_of("attack", attack, ATTACKS)
-    make = {"pgd": attacks.PGD, "ddn": attacks.DDN}[attack]
-    budget = [f.name for f in dataclasses.fields(make)]
-    _check_keys(f"{where}: ", settings, [*known, *budget])
-    if "epsilon" not in settings:
-        raise RowError(f"{where}: an attack needs epsilon, its L2 radius in pixel units")
-    of_attack = {k: settings.pop(k) for k in budget if k in settings}
-    check_keywords(where, make, of_attack)
-    check_keywords(where, kind, settings)
-    return kind(attack=make(**of_attack), **settings)

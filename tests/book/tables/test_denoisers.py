@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from test_diffusion import tiny
+from diffusers import DDPMScheduler, UNet2DModel
 
 from smoothbook.denoise import DenoisedClassifier, DiffusionDenoiser, DnCNN
-from smoothbook.settings import RowError
-from smoothbook.tables.denoisers import make_denoiser, put_lora
-from smoothbook.tables.make import build, certify_row, train_row
-from smoothbook.tables.settings import Row, load_rows
+from smoothbook.tables import Row, RowError, load_rows
+from smoothbook.tables.build import build, check_row
+from smoothbook.tables.denoisers import put_lora, read_denoiser
+from smoothbook.tables.make import certify_row, train_row
 from smoothkit import data
 from smoothkit.models import fingerprint
 
@@ -18,19 +18,21 @@ CALIBRATED = {"calibration": {"brier": 1.0, "anti": 0.1}, "sigmas": [0.25, 0.5]}
 QUICK = dict(epochs=1, batch=32, validation=0.0, n0=10, n=100)
 
 
+def tiny(kind: str) -> UNet2DModel:
+    """A UNet of two levels; `kind` is Attn where the second has attention, for LoRA, and empty where not."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", f"{kind}DownBlock2D"), up_block_types=(f"{kind}UpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, add_attention=bool(kind),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline with attention, for LoRA."""
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-    )  # fmt: skip
+    """A pipeline with attention."""
     path = tmp_path_factory.mktemp("pipeline")
-    unet.save_pretrained(path / "unet")
+    tiny("Attn").save_pretrained(path / "unet")
     DDPMScheduler(num_train_timesteps=1000).save_pretrained(path / "scheduler")
     return str(path)
 
@@ -44,14 +46,26 @@ def row(**settings) -> Row:
     return Row(**{"name": "mine", "sigma": 0.25, "method": "denoiser", **QUICK, **settings})
 
 
+def denoiser(settings: dict):
+    return read_denoiser(settings, trained="calibration" in settings).make(0.25, channels=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ("denoiser: {unet: x}", "must have one of the keys diffusion and dncnn, got ['unet']"),
         ("denoiser: {dncnn: {}, diffusion: x}", "must have one of the keys"),
-        ("denoiser: {dncnn: {}, lora: 4}", "unknown key 'lora'; of a dncnn there are dncnn, objective, mse"),
-        ("denoiser: {dncnn: {}, objective: psnr}", "objective must be one of mse, stability, classification"),
+        ("denoiser: {dncnn: {}, lora: 4}", "denoiser: unknown key 'lora'; there are dncnn, objective, mse"),
+        (
+            "denoiser: {dncnn: {}, objective: psnr}",
+            "objective 'psnr' is unknown; choose one of mse, stability, classification",
+        ),
         ("denoiser: {diffusion: x}", "with the key calibration"),
+        ("denoiser: {dncnn: {deep: 3}}", "dncnn: unknown key 'deep'; did you mean 'depth'?"),
+        (
+            "denoiser: {diffusion: x, calibration: {brier: 1}, sigmas: [0.25, 1e-1]}",
+            "sigmas[1] must be float, got '1e-1'; YAML",
+        ),
         ("{method: clean, denoiser: {dncnn: {}}}", "a dncnn is trained: give the row the method denoiser"),
         ("{method: clean, denoiser: {diffusion: x, calibration: {brier: 1}}}", "with the key calibration, and not"),
         ("denoiser: {diffusion: x, calibration: {brier: -1}}", "brier must be at least 0"),
@@ -67,23 +81,23 @@ def test_settings_that_make_no_denoiser_say_why(settings, message, tmp_path):
         f"defaults: {{method: denoiser, sigma: 0.25}}\nrows:\n- {{name: a, {settings.removeprefix('{').removesuffix('}')}}}\n"
     )
     with pytest.raises(RowError) as error:
-        load_rows(path)
+        load_rows(path, check=check_row)
     assert message in str(error.value)
 
 
 def test_lora_starts_at_the_model_and_is_all_that_is_trained(folder):
-    plain = make_denoiser({"diffusion": folder}, sigma=0.25, channels=1)
-    with_lora = make_denoiser({"diffusion": folder, "lora": 2, **CALIBRATED}, sigma=0.25, channels=1)
+    plain = denoiser({"diffusion": folder})
+    with_lora = denoiser({"diffusion": folder, "lora": 2, **CALIBRATED})
     images = torch.rand(3, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(with_lora(images), plain(images), atol=1e-6, rtol=0)
     trained = [name for name, p in with_lora.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     assert not any(p.requires_grad for p in plain.parameters())
-    again = make_denoiser({"diffusion": folder, "lora": 2, **CALIBRATED}, sigma=0.25, channels=1)
+    again = denoiser({"diffusion": folder, "lora": 2, **CALIBRATED})
     assert fingerprint(again) == fingerprint(with_lora)
     with pytest.raises(ValueError, match="Target modules"):
-        put_lora(tiny(add_attention=False)[0], rank=2)
+        put_lora(tiny(""), rank=2)
 
 
 @pytest.mark.parametrize("lora", [None, 2])
@@ -98,7 +112,7 @@ def test_one_calibration_serves_every_sigma(folder, few, lora, tmp_path):
     assert [int(f.model.denoiser.timesteps) for f in (first, second)] == [145, 259]
     for name, value in first.model.denoiser.unet.state_dict().items():
         assert torch.equal(value, second.model.denoiser.unet.state_dict()[name])
-    start = make_denoiser(settings, sigma=0.25, channels=1)
+    start = denoiser(settings)
     assert fingerprint(first.model.denoiser) != fingerprint(start) and isinstance(first.model, DenoisedClassifier)
     assert fingerprint(first.model.classifier) == fingerprint(build(Row(name="c", sigma=0.25, method="clean")))
 
@@ -120,9 +134,7 @@ def test_a_classifier_is_tuned_on_denoised_images(method, folder, few):
     settings = {"adapter": {"rank": 2}} if method == "lora" else {}
     fitted = train_row(row(method=method, denoiser={"diffusion": folder}, **settings), few, progress=False)
     assert isinstance(fitted.model.denoiser, DiffusionDenoiser)
-    assert fingerprint(fitted.model.denoiser) == fingerprint(
-        make_denoiser({"diffusion": folder}, sigma=0.25, channels=1)
-    )
+    assert fingerprint(fitted.model.denoiser) == fingerprint(denoiser({"diffusion": folder}))
     whole = sum(p.numel() for p in fitted.model.classifier.parameters())
     assert fitted.trained.trained == whole if method == "full" else 0 < fitted.trained.trained < whole / 2
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from smoothbook.tables.claims import _parts, _table, claims
-from smoothbook.tables.table import open_table, read_certificates
+from smoothbook import tables
+from smoothbook.tables.claims import _parts, _side
 from smoothkit.certify import cascade_certificates, certificates
 from smoothkit.certify.bounds import radius_cap
 from smoothkit.certify.cascade import alpha_per_statement
@@ -16,7 +16,7 @@ SIGMAS = (0.25, 0.5, 0.75)
 
 @pytest.fixture(scope="module")
 def folder():
-    return open_table("denoising")[1]
+    return tables.open("denoising").folder
 
 
 def scales(folder, kind="diffusion"):
@@ -25,13 +25,12 @@ def scales(folder, kind="diffusion"):
 
 def test_diffusion_is_fifty_points_above_the_clean_classifier_alone(folder):
     """At sigma 0.5 and radius 0.25, on the same images; beside LoRA and full noise training."""
-    tables = read_certificates(folder, names=[f"{k}-0.50" for k in ("clean-base", "diffusion", "lora-16", "full")])
-    same = set.intersection(*(set(t.image_id) for t in tables.values()))
-    assert len(same) >= 60
-    tables = {title: t[t.image_id.isin(same)] for title, t in tables.items()}
-    apart = compare(tables, "clean base", [0.25]).set_index(["row", "what"])
+    names = [f"{k}-0.50" for k in ("clean-base", "diffusion", "lora-16", "full")]
+    curves = tables.open("denoising").certificates(names, shared=True)
+    assert len(curves["diffusion"]) >= 60
+    apart = compare(curves, "clean base", [0.25]).set_index(["row", "what"])
     assert apart.loc[("diffusion", "0.25"), "difference"] >= 0.5 and apart.loc[("diffusion", "0.25"), "low"] > 0.4
-    beside = compare(tables, "diffusion", [0.25]).set_index(["row", "what"])
+    beside = compare(curves, "diffusion", [0.25]).set_index(["row", "what"])
     assert {"LoRA, rank 16", "full noise training"} <= {row for row, _ in beside.index}
 
 
@@ -69,14 +68,14 @@ def test_a_side_of_a_claim_may_be_several_scales(folder):
     name = "max: " + " ".join(f"diffusion-{s:.2f}" for s in SIGMAS)
     assert _parts(name) == ("max", ["diffusion-0.25", "diffusion-0.50", "diffusion-0.75"])
     assert _parts("full-0.50") == ("", ["full-0.50"])
-    assert _table(folder, name).radius.tolist() == cascade_certificates(scales(folder)).radius.tolist()
-    assert len(_table(folder, "full-0.50")) == 360
+    assert _side(tables.open("denoising"), name).radius.tolist() == cascade_certificates(scales(folder)).radius.tolist()
+    assert len(_side(tables.open("denoising"), "full-0.50")) == 360
 
 
 def test_claims_of_one_table_are_those_of_all():
     """Every claim on this table is decided; the ones on others are left alone."""
-    found = claims("denoising")
+    found = tables.claims("denoising")
     assert set(found.experiment.str.split(":").str[0]) == {"denoising"} and len(found) >= 15
     assert set(found.holds) <= {"yes", "no", "unclear"}
     fifty = found[found.margin == "+0.5"]
-    assert fifty.holds.tolist() == ["yes"] and claims("noise-training").empty
+    assert fifty.holds.tolist() == ["yes"] and tables.claims("noise-training").empty

@@ -4,7 +4,6 @@ Two rows run by default; SMOOTHKIT_LONG_TESTS=1 runs one of each method and loss
 """
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 
@@ -16,14 +15,14 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from smoothbook.tables import settings
-from smoothbook.tables import table as rows
-from smoothbook.tables.settings import load_rows
-from smoothkit.records import record
+from smoothbook import tables
+from smoothbook.tables import Row, cost, load_rows
+from smoothbook.tables.build import check_row
+from smoothbook.tables.make import make_table
 from smoothkit.sampling import stream as votes
 
 TABLE = ROOT / "data" / "rows" / "imagenet.yaml"
-FULL, TRIAL = load_rows(TABLE), load_rows(TABLE, "trial")
+FULL, TRIAL = load_rows(TABLE, check=check_row), load_rows(TABLE, "trial", check=check_row)
 NAMES = [row.name for row in TRIAL if row.name.endswith("-0.25")]
 ALWAYS = ("resnet-head-only-0.25", "resnet-adapter-alone-0.25")
 LONG = pytest.mark.skipif("SMOOTHKIT_LONG_TESTS" not in os.environ, reason="takes minutes; set SMOOTHKIT_LONG_TESTS=1")
@@ -78,36 +77,33 @@ TRAINED = {
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Makes a row by the script from a generated ImageNet; its checkpoints, up to 1 GB, go once it is made."""
+    """Makes a row from a generated ImageNet; its checkpoint, up to 1 GB, goes once it is made."""
     root = tmp_path_factory.mktemp("imagenet-rows")
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for wnid in ("n01440764", "n01443537"):
-            folder = root / "data" / "imagenet" / part / wnid
+            folder = root / "images" / "imagenet" / part / wnid
             folder.mkdir(parents=True)
             for k in range(2):
                 small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
                 small.resize((256, 240), Image.Resampling.BILINEAR).save(folder / f"{wnid}_{k}.png")
-    spec = importlib.util.spec_from_file_location("make_rows", ROOT / "data" / "make_rows.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.TRIAL = 1  # images whose forward pass is timed
-    where = dict(kept=root / "kept", work=root / "work")
+    shutil.copytree(TABLE.parent, root / "data" / "rows")
     members = {member for row in TRIAL for member in row.made_from}
 
     def one(name):
-        assert script.make_table("imagenet", variant="trial", only=[name], **where) == [name]
+        assert make_table("imagenet:trial", only=[name], data=root / "data") == [name]
         keep = {f"training-{row.training_digest()}" for row in TRIAL if row.name in members}
-        for path in (root / "work").glob("training-*"):
+        for path in (root / "runs" / "rows").glob("training-*"):
             if path.name not in keep:
                 shutil.rmtree(path)
-        return root / "kept" / "imagenet-trial"
+        return tables.open("imagenet:trial", data=root / "data")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMOOTHKIT_DATA", str(root / "data"))
+        patch.setenv("SMOOTHKIT_DATA", str(root / "images"))
+        patch.setattr(cost, "TRIAL", 1)  # images whose forward pass is timed
         patch.setattr(votes, "CPU_BATCH", 2)  # six samples an image do not fill a hundred
         yield one
-    shutil.rmtree(root / "work", ignore_errors=True)
+    shutil.rmtree(root / "runs", ignore_errors=True)
 
 
 def test_the_trial_is_the_table_with_random_weights():
@@ -137,25 +133,24 @@ def test_random_weights_leave_other_rows_and_random_ones(tmp_path):
         "- {name: d, method: coordinator, steps: 1, adapter: {encoder: resnet18}}\n"
     )
     found = load_rows(tmp_path / "mine.yaml", "trial")
-    assert [row.base for row in found] == [f"random:{settings.Row.base}", "row:a", "random:resnet18", found[0].base]
+    assert [row.base for row in found] == [f"random:{Row.base}", "row:a", "random:resnet18", found[0].base]
     assert found[3].adapter == {"encoder": "random:resnet18"}
 
 
 def check(make, name):
-    folder = make(name)
-    row, card = rows.read_card(folder / name)
-    assert card["trained"] == TRAINED[name.removesuffix("-0.25")]
+    table = make(name)
+    row, card, record = table[name].row, table[name].card, table[name].record
+    assert card.trained == TRAINED[name.removesuffix("-0.25")]
     if row.method in ("clean", "full", "head", "lora"):
         base = RESNET_50 if name.startswith("resnet") else VIT_B
-        added = card["trained"] if row.method == "lora" else 0  # peft keeps the base's head beside the adapter's
-        assert card["parameters"] == base + added
-    table = rows.read_rows(folder).set_index("name").loc[name]
-    assert table.problem == "" and table.images == 2
-    votes_kept = record.open_record(folder / name)
-    assert votes_kept.num_classes == 1000 and votes_kept.rows()["counts"].map(sum).sum() == 2 * (row.n0 + row.n)
-    if card["steps"]:
-        assert np.isfinite(card["end"]["loss"]) and card["steps"] == (1 if row.method == "coordinator" else 2)
-    assert card.get("queries") == (2 * 5 * 2 if row.method == "coordinator" else None)
+        added = card.trained if row.method == "lora" else 0  # peft keeps the base's head beside the adapter's
+        assert card.parameters == base + added
+    line = table.frame(names=[name]).loc[0]
+    assert line.problem == "" and line.images == 2
+    assert record.num_classes == 1000 and record.rows()["counts"].map(sum).sum() == 2 * (row.n0 + row.n)
+    if card.steps:
+        assert np.isfinite(card.end["loss"]) and card.steps == (1 if row.method == "coordinator" else 2)
+    assert card.queries == (2 * 5 * 2 if row.method == "coordinator" else None)
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """Rows of tables: settings with clear errors, training of the right parameters, records and cards that fit, intervals."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,15 +13,11 @@ from conftest import ROOT
 from scipy import stats
 from torch import nn
 
-from smoothbook import figures
-from smoothbook.settings import RowError
-from smoothbook.tables import make
-from smoothbook.tables import table as rows
-from smoothbook.tables.settings import Row, load_rows
+from smoothbook import figures, tables
+from smoothbook.tables import Row, RowError, Table, load_rows, make
+from smoothbook.tables.build import check_row
 from smoothkit import data, models
-from smoothkit.certify import certificates
 from smoothkit.reading import intervals
-from smoothkit.records import open_record
 
 TINY = dict(sigma=0.25, epochs=1, batch=32, n0=10, n=100, images="every:120")
 
@@ -35,16 +32,9 @@ def base():
     return models.load("starter:digits-vit-clean")
 
 
-@pytest.fixture(scope="module")
-def make_rows():
-    spec = importlib.util.spec_from_file_location("make_rows", ROOT / "data" / "make_rows.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def written(tmp_path, text):
-    path = tmp_path / "mine.yaml"
+def written(folder, text):
+    path = folder / "mine.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
@@ -69,7 +59,7 @@ def test_defaults_and_lists_spread(tmp_path):
     [
         ("{name: a, sigma: 0.25, epoch: 3}", r"row a: unknown key 'epoch'; did you mean 'epochs'\?"),
         ("{name: a}", "row a: sigma is missing"),
-        ("{sigma: 0.25}", "row 1 must map settings"),
+        ("{sigma: 0.25}", "row 1: name must be str, got None"),
         ("{name: a, sigma: 0.25, lr: 1e-3}", r"lr must be float, got '1e-3'; YAML reads 1e-3 as text, write 0\.001"),
         ("{name: a, sigma: 0.25, epochs: 2.5}", "epochs must be int, got 2.5"),
         ("{name: a, sigma: 0.25, epochs: true}", "epochs must be int, got True"),
@@ -78,26 +68,30 @@ def test_defaults_and_lists_spread(tmp_path):
         ("{name: a, sigma: 0.25, method: loar}", r"method 'loar' is unknown; did you mean 'lora'\?"),
         ("{name: a, sigma: 0.25, loss: smoothad}", r"did you mean 'smoothadv'\?"),
         ("{name: a, sigma: 0.25, loss: macer, loss_settings: {lambda: 1}}", r"did you mean 'lambda_'\?"),
-        ("{name: a, sigma: 0.25, loss: smoothadv, loss_settings: {steps: 2}}", "an attack needs epsilon"),
+        ("{name: a, sigma: 0.25, loss: smoothadv, loss_settings: {steps: 2}}", r"loss_settings \(smoothadv\): epsilon is missing"),
         ("{name: a, sigma: 0.25, loss: smoothadv, loss_settings: {attack: fgsm, epsilon: 1}}", "attack 'fgsm' is unknown"),
         ("{name: a, sigma: 0.25, loss: consistency, loss_settings: {copies: 1}}", "copies must be at least 2"),
         ("{name: a, sigma: 0.25, schedule: 'gird:0,1'}", "unknown schedule 'gird:0,1'"),
         ("{name: a, sigma: 0.25, method: lora, adapter: {rang: 4}}", r"adapter \(lora\): unknown key 'rang'; did you mean 'rank'\?"),
         ("{name: a, sigma: 0.25, adapter: {rank: 4}}", "with method full, which has no adapter"),
+        ("{name: a, sigma: [0.25, yes]}", r"sigma\[1\] must be float, got True"),
+        ("{name: a, sigma: 0.25, method: coordinator, steps: 3, adapter: {widths: [4, 2.5]}}", r"widths\[1\] must be int, got 2.5"),
         ("{name: a, sigma: 0.25, method: coordinator}", "give steps"),
         ("{name: a, sigma: 0.25, spsa: {repeat: 4}}", r"did you mean 'repeats'\?"),
     ],
 )  # fmt: skip
 def test_wrong_settings_say_what_would_do(row, message, tmp_path):
     with pytest.raises(RowError, match=message):
-        load_rows(written(tmp_path, f"rows:\n- {row}\n"))
+        load_rows(written(tmp_path, f"rows:\n- {row}\n"), check=check_row)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("rows: [{name: a, sigma: 1}, {name: a, sigma: 1}]", "two rows named a"),
-        ("row: []", "must map `rows`"),
+        ("row: []", r"mine\.yaml: unknown key 'row'; did you mean 'rows'\?"),
+        ("title: t", r"mine\.yaml: rows is missing"),
+        ("rows: [3]", r"mine\.yaml: rows\[0\] must be dict, got 3"),
         ("rows: []\ndefault: {}", r"did you mean 'defaults'\?"),
         ("rows: [", "is no YAML"),
     ],
@@ -146,7 +140,7 @@ def test_training_moves_what_the_method_trains_and_nothing_else(method, few, bas
 
 
 def test_a_row_made_from_another_says_what_it_needs(few):
-    with pytest.raises(RowError, match=r"r is made from the row pre; give base=load_base\(rows, folder, row\)"):
+    with pytest.raises(RowError, match=r"r is made from the row pre; give base=table\['r'\].base\(\)"):
         make.train_row(Row(name="r", **{**TINY, "images": "all"}, base="row:pre"), few, progress=False)
 
 
@@ -172,7 +166,7 @@ def test_a_coordinator_counts_its_queries(few, base, tmp_path):
     record = make.certify_row(
         row, fitted.model, data.load("digits", subset="first:1"), progress=False, out=tmp_path / "v"
     )
-    assert make.make_card(row, fitted, record)["queries"] == 2 * 2 * 32
+    assert make.make_card(row, fitted, record).queries == 2 * 2 * 32
 
 
 def test_a_test_split_is_refused(base):
@@ -184,56 +178,96 @@ def test_a_test_split_is_refused(base):
 
 
 @pytest.fixture(scope="module")
-def made(make_rows, tmp_path_factory):
-    """Two rows, made by the script."""
-    root = tmp_path_factory.mktemp("table")
-    (root / "mine.yaml").write_text(
+def made(tmp_path_factory):
+    """Two rows, made as by the script; their folder of data."""
+    root = tmp_path_factory.mktemp("table") / "data"
+    written(
+        root / "rows",
         f"defaults: {json.dumps(TINY)}\nrows:\n- {{name: base, title: Base, method: clean}}\n"
-        "- {name: noisy, title: Noisy, train: full}\n".replace("train: full", "method: lora, adapter: {rank: 2}")
+        "- {name: noisy, title: Noisy, method: lora, adapter: {rank: 2}}\n",
     )
-    where = dict(settings=root, kept=root / "kept", work=root / "work")
-    assert make_rows.make_table("mine", **where) == ["base", "noisy"]
-    return root, where
+    assert make.make_table("mine", data=root) == ["base", "noisy"]
+    return root
 
 
 def test_records_and_cards_are_read_back(made):
-    root, _ = made
-    table = rows.read_rows(root / "kept" / "mine", radii=(0.0, 0.25))
-    assert list(table.name) == ["base", "noisy"] and list(table.title) == ["Base", "Noisy"]
-    assert list(table.images) == [3, 3] and (table.problem == "").all()
-    assert table.trained[0] == 0 < table.trained[1] < table.parameters[1]
-    assert table.seconds[0] == 0 < table.seconds[1] and list(table.epochs) == [0, 1]
-    tables = rows.read_certificates(root / "kept" / "mine", sigma=0.25)
-    assert table["0.25"][1] == (tables["Noisy"].correct & (tables["Noisy"].radius >= 0.25)).mean()
-    shown = rows.format_rows(table, radii=(0.0, 0.25))
+    mine = tables.open("mine", data=made)
+    frame = mine.frame(radii=(0.0, 0.25))
+    assert list(frame.name) == ["base", "noisy"] and list(frame.title) == ["Base", "Noisy"]
+    assert list(frame.images) == [3, 3] and (frame.problem == "").all()
+    assert frame.trained[0] == 0 < frame.trained[1] < frame.parameters[1]
+    assert frame.seconds[0] == 0 < frame.seconds[1] and list(frame.epochs) == [0, 1]
+    curves = mine.certificates(sigma=0.25)
+    assert frame["0.25"][1] == (curves["Noisy"].correct & (curves["Noisy"].radius >= 0.25)).mean()
+    shown = mine.format(radii=(0.0, 0.25))
     assert shown["at 0"][0].count(",") == 1 and "queries" not in shown
-    row, card = rows.read_card(root / "kept" / "mine" / "noisy")
-    assert row == load_rows(root / "mine.yaml")[1]
-    assert card["fingerprint"] == open_record(root / "kept" / "mine" / "noisy").identity.fingerprint
-    assert str(root) not in json.dumps(card)
+    noisy = mine["noisy"]
+    assert noisy.card.row == noisy.row == load_rows(made / "rows" / "mine.yaml")[1] and noisy.state == "kept"
+    assert noisy.card.fingerprint == noisy.record.identity.fingerprint
+    assert str(made) not in json.dumps(dataclasses.asdict(noisy.card))
 
 
-def test_what_is_kept_is_not_made_again_and_what_changed_is_said(made, make_rows, capsys, tmp_path):
-    root, where = made
-    assert make_rows.make_table("mine", **where) == []
-    text = (root / "mine.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(text.replace("rank: 2", "rank: 1").replace("Base", "The base"))
-    assert make_rows.make_table("mine", **{**where, "settings": tmp_path}) == []
+def test_a_table_says_what_it_is_and_what_is_missing(made):
+    rows = load_rows(made / "rows" / "mine.yaml")
+    mine = Table("mine:<x>", [*rows, Row("later", 0.5)], made / "records" / "rows" / "mine")
+    assert list(mine) == ["base", "noisy", "later"] and mine.made == ["base", "noisy"] and mine.missing() == ["later"]
+    assert mine["later"].state == "missing" and "later" in mine and "never" not in mine
+    said = mine._repr_html_()
+    assert "2 of 3 rows are made (digits, 3 test images, n = 100" in said
+    assert "python data/make_rows.py mine --variant &lt;x&gt;</code>): later" in said
+    with pytest.raises(
+        RowError, match=r"later is not made yet: python data/make_rows\.py mine --variant <x> --only later"
+    ):
+        mine["later"].certificates  # noqa: B018
+    assert list(mine.certificates(["later", "noisy"])) == ["Noisy"]  # what is not made is left out
+    with pytest.raises(RowError, match="has no row that is made, among later"):
+        mine.frame(names=["later"])
+
+
+def test_rows_of_other_images_are_compared_where_they_meet(made):
+    """`shared` takes the images that all rows have, for curves, lines and differences alike."""
+    mine = tables.open("mine", data=made)
+    few = mine["noisy"].certificates.iloc[:2]
+
+    class Shorter(Table):
+        def __getitem__(self, name):
+            row = super().__getitem__(name)
+            if name == "noisy":
+                row.__class__ = type("Few", (tables.TableRow,), {"certificates": few})
+            return row
+
+    other = Shorter("mine", mine.rows.values(), mine.folder)
+    assert [len(t) for t in other.certificates(shared=True).values()] == [2, 2]
+    assert list(other.frame(shared=True).images) == [2, 2] and list(other.frame().images) == [3, 2]
+    with pytest.raises(ValueError, match="not of the same images"):
+        other.compare("base", [0.25])
+    found = other.compare("base", [0.25], shared=True)
+    assert list(found.row) == ["Noisy", "Noisy"]
+    base = mine["base"].certificates.iloc[:2]
+    gained = (few.correct & (few.radius >= 0.25)).mean() - (base.correct & (base.radius >= 0.25)).mean()
+    assert found.set_index("what").difference["0.25"] == pytest.approx(gained)
+
+
+def test_what_is_kept_is_not_made_again_and_what_changed_is_said(made, capsys, tmp_path):
+    assert make.make_table("mine", data=made) == []
+    text = (made / "rows" / "mine.yaml").read_text()
+    shutil.copytree(made / "records", tmp_path / "records")
+    written(tmp_path / "rows", text.replace("rank: 2", "rank: 1").replace("Base", "The base"))
+    assert make.make_table("mine", data=tmp_path) == []
     assert "kept from other settings, or unreadable: noisy; --again" in capsys.readouterr().err
-    with pytest.raises(RowError, match="has no row nosy; there are base, noisy"):
-        make_rows.make_table("mine", only=["nosy"], **where)
+    with pytest.raises(RowError, match="row 'nosy' is unknown; did you mean 'noisy'"):
+        make.make_table("mine", only=["nosy"], data=made)
 
 
-def test_a_lost_row_is_made_again_from_its_training(made, make_rows, monkeypatch):
+def test_a_lost_row_is_made_again_from_its_training(made, monkeypatch):
     """The votes are sampled anew, the same; the training is read from its checkpoint, not repeated."""
-    root, where = made
-    folder = root / "kept" / "mine" / "noisy"
-    before, seconds = certificates(open_record(folder)), rows.read_card(folder)[1]["seconds"]
-    shutil.rmtree(folder)
+    noisy = tables.open("mine", data=made)["noisy"]
+    before, seconds = noisy.certificates, noisy.card.seconds
+    shutil.rmtree(noisy.folder)
     monkeypatch.setattr(nn.Module, "zero_grad", None)
-    assert make_rows.make_table("mine", **where) == ["noisy"]
-    assert rows.read_card(folder)[1]["seconds"] == seconds
-    pd.testing.assert_frame_equal(certificates(open_record(folder)), before)
+    assert make.make_table("mine", data=made) == ["noisy"]
+    assert noisy.card.seconds == seconds
+    pd.testing.assert_frame_equal(noisy.certificates, before)
 
 
 CHAIN = [
@@ -248,55 +282,50 @@ CHAIN = [
 
 
 @pytest.fixture(scope="module")
-def chain(make_rows, tmp_path_factory):
+def chain(tmp_path_factory):
     """Rows made from other rows, on four of the digits, in a reduced variant."""
-    root = tmp_path_factory.mktemp("chain")
+    root = tmp_path_factory.mktemp("chain") / "data"
     shared = dict(epochs=3, n0=10, n=20, images="classes:6-9,first:3", batch=64, train_images="classes:6-9,first:300")
     content = dict(defaults=shared, variants=dict(short=dict(epochs=1, sigma=[0.25])), rows=CHAIN)
-    (root / "chain.yaml").write_text(json.dumps(content))
-    where = dict(settings=root, kept=root / "kept", work=root / "work", variant="short")
-    names = [f"{row['name']}-0.25" for row in CHAIN]
-    assert make_rows.make_table("chain", **where) == names
-    assert make_rows.make_table("chain", **where) == []
-    return {row.name: row for row in load_rows(root / "chain.yaml", "short")}, root / "kept" / "chain-short", where
+    written(root / "rows", json.dumps(content))
+    assert make.make_table("mine:short", data=root) == [f"{row['name']}-0.25" for row in CHAIN]
+    assert make.make_table("mine:short", data=root) == []
+    return root
 
 
 def test_rows_are_made_from_other_rows(chain):
-    wanted, folder, _ = chain
-    table = rows.read_rows(folder).set_index("name")
-    assert (table.problem == "").all() and table.epochs["pre-0.25"] == 1
-    assert table.trained["head-0.25"] == 64 * 4 + 4 and table.trained["both-0.25"] == 0
-    assert table.parameters["pre-0.25"] == table.trained["pre-0.25"] == table.parameters["head-0.25"]
+    table = tables.open("mine:short", data=chain)
+    frame = table.frame().set_index("name")
+    assert (frame.problem == "").all() and frame.epochs["pre-0.25"] == 1
+    assert frame.trained["head-0.25"] == 64 * 4 + 4 and frame.trained["both-0.25"] == 0
+    assert frame.parameters["pre-0.25"] == frame.trained["pre-0.25"] == frame.parameters["head-0.25"]
     for name in ("pre-0.25", "lora-0.25"):  # as stored, in half precision, they are what was certified
-        model = make.load_classifier(wanted, folder, name)
-        assert models.fingerprint(model) == rows.read_card(folder / name)[1]["fingerprint"]
-    assert make.load_base(wanted, folder, wanted["head-0.25"]).network.num_classes == 4
+        assert models.fingerprint(table[name].classifier()) == table[name].card.fingerprint
+    assert table["head-0.25"].base().network.num_classes == 4
     with pytest.raises(RowError, match=r"small-0.25 was not stored; set keep: true"):
-        make.load_classifier(wanted, folder, "small-0.25")
+        table["small-0.25"].classifier()
 
 
-def test_a_row_changes_with_the_row_it_is_made_from(chain, make_rows, tmp_path):
-    wanted, folder, where = chain
-    content = json.loads((where["settings"] / "chain.yaml").read_text())
+def test_a_row_changes_with_the_row_it_is_made_from(chain, tmp_path):
+    content = json.loads((chain / "rows" / "mine.yaml").read_text())
     content["rows"][0]["lr"] = 0.5
-    (tmp_path / "chain.yaml").write_text(json.dumps(content))
-    changed = {row.name: row for row in load_rows(tmp_path / "chain.yaml", "short")}
-    states = {name: make_rows.state(row, folder, changed) for name, row in changed.items()}
+    changed = load_rows(written(tmp_path, json.dumps(content)), "short")
+    table = tables.open("mine:short", data=chain)
+    states = {name: row.state for name, row in Table("changed", changed, table.folder).items()}
     assert states["pre-0.25"] == states["lora-0.25"] == states["head-0.25"] == "changed"
-    assert {make_rows.state(row, folder, wanted) for row in wanted.values()} == {"kept"}
+    assert {row.state for row in table.values()} == {"kept"}
 
 
-def test_a_row_of_another_table_is_copied(chain, make_rows, capsys):
+def test_a_row_of_another_table_is_copied(chain, capsys):
     """The same settings under another name: no second training, no second sampling."""
-    _, folder, where = chain
-    again = json.loads((where["settings"] / "chain.yaml").read_text())
+    again = json.loads((chain / "rows" / "mine.yaml").read_text())
     again["rows"] = [{**again["rows"][0], "name": "first", "title": "First", "note": "as before"}]
-    (where["settings"] / "other.yaml").write_text(json.dumps(again))
-    assert make_rows.make_table("other", **where) == ["first-0.25"]
-    assert "first-0.25: is chain-short/pre-0.25, copied from there" in capsys.readouterr().err
-    copied, card = rows.read_card(folder.parent / "other-short" / "first-0.25")
-    assert copied.title == "First" and copied.note == "as before"
-    assert card["fingerprint"] == rows.read_card(folder / "pre-0.25")[1]["fingerprint"]
+    (chain / "rows" / "other.yaml").write_text(json.dumps(again))
+    assert make.make_table("other:short", data=chain) == ["first-0.25"]
+    assert "first-0.25: is mine-short/pre-0.25, copied from there" in capsys.readouterr().err
+    copied = tables.open("other:short", data=chain)["first-0.25"].card
+    assert copied.row.title == "First" and copied.row.note == "as before"
+    assert copied.fingerprint == tables.open("mine:short", data=chain)["pre-0.25"].card.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -318,16 +347,17 @@ def test_an_unknown_variant_says_which_there_are(tmp_path):
         load_rows(written(tmp_path, text), "reducd")
 
 
-def test_an_interrupted_training_stops_the_script_and_goes_on(made, make_rows, monkeypatch, tmp_path):
-    where = {**made[1], "kept": tmp_path / "kept", "work": tmp_path / "work"}
+def test_an_interrupted_training_stops_the_making_and_goes_on(made, monkeypatch, tmp_path):
+    train_row = make.train_row
 
     def interrupted(*arguments, **settings):
-        return dataclasses.replace(make.train_row(*arguments, **settings), interrupted=True)
+        return dataclasses.replace(train_row(*arguments, **settings), interrupted=True)
 
-    monkeypatch.setattr(make_rows, "train_row", interrupted)
-    with pytest.raises(SystemExit, match="noisy: interrupted; the same command goes on"):
-        make_rows.make_table("mine", only=["noisy"], **where)
-    assert not (tmp_path / "kept").exists()
+    shutil.copytree(made / "rows", tmp_path / "data" / "rows")
+    monkeypatch.setattr(make, "train_row", interrupted)
+    with pytest.raises(RowError, match="noisy: interrupted; the same command goes on"):
+        make.make_table("mine", only=["noisy"], data=tmp_path / "data")
+    assert not (tmp_path / "data" / "records").exists()
 
 
 def at_another_sigma(path):
@@ -353,25 +383,33 @@ def at_another_sigma(path):
     ],
 )  # fmt: skip
 def test_a_broken_row_says_so_and_the_others_are_shown(harm, message, made, tmp_path):
-    root, _ = made
-    folder = tmp_path / "mine"
-    shutil.copytree(root / "kept" / "mine", folder)
-    harm(folder / "noisy")
+    shutil.copytree(made, tmp_path / "data")
+    mine = tables.open("mine", data=tmp_path / "data")
+    harm(mine["noisy"].folder)
     with pytest.warns(UserWarning, match=message):
-        table = rows.read_rows(folder)
-    assert table.problem[0] == "" and table.images[0] == 3 and np.isnan(table.ACR[1])
-    assert rows.format_rows(table)["at 0"][1] == "unreadable"
+        frame = mine.frame()
+    assert frame.problem[0] == "" and frame.images[0] == 3 and np.isnan(frame.ACR[1])
+    with pytest.warns(UserWarning):
+        assert mine.format()["at 0"][1] == "unreadable"
     with pytest.raises(ValueError):
-        rows.read_certificates(folder)
+        mine.certificates()
 
 
 def test_reading_nothing_is_an_error(tmp_path, made):
+    mine = tables.open("mine", data=made)
     with pytest.raises(RowError, match=r"holds no rows; make them with python data/make_rows.py mine"):
-        rows.read_rows(tmp_path / "mine")
+        Table("mine", mine.rows.values(), tmp_path / "mine").frame()
     with pytest.raises(RowError, match=r"has no row at sigma 0\.5"):
-        rows.read_certificates(made[0] / "kept" / "mine", sigma=0.5)
+        mine.certificates(sigma=0.5)
     with pytest.raises(RowError, match=r"did you mean 'noisy'\?"):
-        rows.read_certificates(made[0] / "kept" / "mine", names=["nosy"])
+        mine.certificates(["nosy"])
+
+
+def test_reading_a_table_needs_no_classifier():
+    """Neither opening one nor its certificates bring timm or peft, which take seconds."""
+    code = "from smoothbook import tables; tables.open('peft').frame(); import sys; print({'timm', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # --- how sure ---
@@ -469,25 +507,21 @@ def test_a_live_figure_is_one_output_that_changes(monkeypatch, tmp_path):
 # --- what is committed ---
 
 
-@pytest.mark.parametrize("name", rows.kept_tables())
+@pytest.mark.parametrize("name", tables.kept())
 def test_committed_rows_are_those_of_their_settings(name):
     """A row may still be missing, and its notebook says so; one that is there is what the settings say."""
-    wanted, folder = rows.open_table(name)
-    table = rows.read_rows(folder)
-    assert (table.problem == "").all() and len(table) > 0 and set(table.name) <= set(wanted)
-    for row in table.name:
-        kept, card = rows.read_card(folder / row)
-        assert kept.made_like(wanted[row]), (
-            f"{row}: settings and card differ; run data/make_rows.py {folder.name} --again"
-        )
-        assert kept.title == wanted[row].title and not card["interrupted"]
-        digests = {other: wanted[other].training_digest(wanted) for other in wanted[row].made_from}
-        assert card.get("made_from", {}) == digests
-    said = rows.protocol(name, table.name[:1])
-    assert f", {table.images[0]} test images, n = {wanted[table.name[0]].n:,}, " in said
+    table = tables.open(name)
+    frame = table.frame()
+    assert (frame.problem == "").all() and list(frame.name) == table.made
+    assert {path.name for path in table.folder.iterdir()} <= set(table)
+    for row in (table[name] for name in table.made):
+        assert row.state == "kept", f"{row}: settings and card differ; run {table.command} --again"
+        assert row.card.row.title == row.row.title and not row.card.interrupted
+    said = table.protocol(frame.name[:1])
+    assert f", {frame.images[0]} test images, n = {table.rows[frame.name[0]].n:,}, " in said
     assert said.endswith("reduced run") == name.endswith(":reduced")
 
 
 def test_every_folder_of_records_belongs_to_a_table():
-    known = {name.replace(":", "-") for name in rows.kept_tables()}
+    known = {name.replace(":", "-") for name in tables.kept()}
     assert {path.name for path in (ROOT / "data" / "records" / "rows").iterdir()} == known

@@ -1,24 +1,21 @@
 """Votes with a sigma for each image, kept: every certificate, frozen or sound, is made again from the record."""
 
 import dataclasses
-import importlib.util
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 
+from smoothbook import tables
 from smoothbook.cli import main
-from smoothbook.settings import RowError
 from smoothbook.sigma.selectors import NearestPrototype
 from smoothbook.sigma.sound import Choice, by_min_rule, read_geometry, read_sound
-from smoothbook.tables import settings as row_settings
-from smoothbook.tables.make import certified_images, certify_row, keep_row
-from smoothbook.tables.selectors import check_selector, parse_search, parse_table
-from smoothbook.tables.settings import Row, load_rows
-from smoothbook.tables.table import read_certificates
+from smoothbook.tables import Row, RowError, load_rows
+from smoothbook.tables.build import certified_images, check_row, schedule_of
+from smoothbook.tables.make import certify_row, keep_row, make_table
+from smoothbook.tables.selectors import read_search, read_selector, read_table
 from smoothbook.training import Fitted
 from smoothkit import data, models
 from smoothkit.certify import certificates
@@ -147,7 +144,7 @@ def test_a_searched_row_is_kept_and_read(starter, tmp_path):
     row = Row(name="ds", title="DS", **CERTIFIED)
     images = make(row, tmp_path / "t", starter)
     (tmp_path / "t" / "work").rename(tmp_path / "work")
-    table = read_certificates(tmp_path / "t")["DS"]
+    table = tables.Table("t", [row], tmp_path / "t")["ds"].certificates
     found = json.loads((tmp_path / "work" / "sigma.json").read_text())
     assert table["sigma"].tolist() == found["sigma"] and found["images"] == list(images.ids)
     assert (table["sigma"] != 0.25).any()
@@ -185,33 +182,29 @@ def test_a_row_with_a_smoothed_selector(starter, tmp_path):
         read_sound(tmp_path / "t" / "d", sigmas=[0.3])
 
 
-def test_the_script_makes_them_and_copies_votes_that_are_there(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("make_rows", ROOT / "data" / "make_rows.py")
-    make_rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_rows)
+def test_they_are_made_in_a_table_that_copies_votes_that_are_there(tmp_path, capsys):
+    root = tmp_path / "data"
+    (root / "rows").mkdir(parents=True)
     shared = dict(base="starter:digits-vit-0.25", method="clean", sigma=0.25, n0=20, n=200, images="first:2")
     ds = dict(name="ds", title="DS", search=SEARCH)
     sound = dict(name="sound", title="sound", search=SEARCH, selector=PROTOTYPES | {"train_images": "first:12"})
     content = dict(defaults=shared, rows=[dict(name="fixed", title="fixed"), ds, sound])
-    (tmp_path / "mine.yaml").write_text(json.dumps(content))
-    where = dict(settings=tmp_path, kept=tmp_path / "kept", work=tmp_path / "work")
-    assert make_rows.make_table("mine", **where) == ["fixed", "ds", "sound"]
-    assert make_rows.make_table("mine", **where) == []
-    tables = read_certificates(tmp_path / "kept" / "mine")
-    assert (
-        list(tables) == ["DS", "fixed", "sound"]
-        and (tables["sound"]["radius"] <= tables["sound"]["class_radius"]).all()
-    )
-    assert not list((tmp_path / "work" / "mine").glob("votes-*"))
+    (root / "rows" / "mine.yaml").write_text(json.dumps(content))
+    assert make_table("mine", data=root) == ["fixed", "ds", "sound"]
+    assert make_table("mine", data=root) == []
+    curves = tables.open("mine", data=root).certificates()
+    assert list(curves) == ["fixed", "DS", "sound"]
+    assert (curves["sound"]["radius"] <= curves["sound"]["class_radius"]).all()
+    assert not list((tmp_path / "runs" / "rows" / "mine").glob("votes-*"))
     other = dict(
         defaults=shared | {"base": "row:copy"}, rows=[dict(name="copy", base=shared["base"]), dict(name="again")]
     )
-    (tmp_path / "other.yaml").write_text(json.dumps(other))
+    (root / "rows" / "other.yaml").write_text(json.dumps(other))
     capsys.readouterr()
-    make_rows.make_table("other", only=["again"], **where)
+    make_table("other", only=["again"], data=root)
     assert "again: has the votes of mine/fixed, copied from there" in capsys.readouterr().err
-    again = read_certificates(tmp_path / "kept" / "other")["again"]
-    pd.testing.assert_frame_equal(again, tables["fixed"])
+    again = tables.open("other", data=root)["again"].certificates
+    pd.testing.assert_frame_equal(again, curves["fixed"])
 
 
 def test_held_out_images_are_those_training_leaves_out(digits):
@@ -226,23 +219,23 @@ def test_held_out_images_are_those_training_leaves_out(digits):
 
 def test_bad_settings(tmp_path):
     for settings, message in (
-        ({"objective": "best"}, "must be one of clamped, released, finite"),
+        ({"objective": "best"}, "search: objective 'best' is unknown; choose one of clamped, released, finite"),
         ({"clmap": 0.1}, "unknown key 'clmap'"),
         ({"objective": "finite", "clamp": 0.1}, "unknown key 'clamp'"),
     ):
         with pytest.raises(ValueError, match=message):
-            parse_search(settings)
-    assert parse_table(0.25, {"fixed_for": 0.5, "draws": 8}).search.draws == 8
-    with pytest.raises(ValueError, match="kind must be one of"):
-        check_selector({"kind": "oracle"})
-    with pytest.raises(ValueError, match="each, sigmas missing"):
-        check_selector({"kind": "prototypes", "train_images": "all"})
+            read_search(settings)
+    assert read_table(0.25, {"fixed_for": 0.5, "draws": 8}).search.draws == 8
+    with pytest.raises(ValueError, match="selector: kind 'oracle' is unknown; choose one of prototypes, smoothed"):
+        read_selector({"kind": "oracle"})
+    with pytest.raises(ValueError, match="selector: sigmas, each are missing"):
+        read_selector({"kind": "prototypes", "train_images": "all"})
     with pytest.raises(RowError, match="a selector is made of searched sigmas"):
         Row(name="s", sigma=0.25, selector=PROTOTYPES)
     path = tmp_path / "t.yaml"
     path.write_text("rows:\n  - {name: a, sigma: 0.25, schedule: clean, table: {draws: 1}}\n")
     with pytest.raises(RowError, match="a table of sigmas is a schedule"):
-        load_rows(path)
+        load_rows(path, check=check_row)
     row = Row(name="p", selector=PROTOTYPES, **CERTIFIED)
     with pytest.raises(RowError, match="needs the training images and a folder"):
         certify_row(row, models.load("starter:digits-vit-0.25"), data.load("digits", subset="first:2"))
@@ -253,4 +246,4 @@ def test_search_and_table_change_the_right_digests():
     assert dataclasses.replace(plain, search=SEARCH).training_digest() == plain.training_digest()
     assert dataclasses.replace(plain, table={"draws": 8}).training_digest() != plain.training_digest()
     assert not dataclasses.replace(plain, search=SEARCH).made_like(plain)
-    assert row_settings._schedule(dataclasses.replace(plain, table={"draws": 8})).sigma0 == 0.25
+    assert schedule_of(dataclasses.replace(plain, table={"draws": 8})).sigma0 == 0.25

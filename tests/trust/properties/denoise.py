@@ -28,7 +28,7 @@ from properties.inputs import (
 )
 from properties.training import one_of_the_losses
 from smoothbook import denoise, training
-from smoothbook.tables.denoisers import check_settings
+from smoothbook.tables.denoisers import read_denoiser
 
 
 class Nothing(torch.nn.Module):
@@ -158,7 +158,7 @@ def saved_denoisers_of_any_json(content):
     st.booleans(),
 )  # fmt: skip
 def settings_of_a_denoiser(settings, trained):
-    check_settings(settings, trained=trained)
+    read_denoiser(settings, trained=trained)
     assert len({"diffusion", "dncnn"} & settings.keys()) == 1
 
 

@@ -44,7 +44,7 @@ from smoothbook.sigma.search import (
 )
 from smoothbook.sigma.selectors import NearestPrototype, prototypes_by_sigma
 from smoothbook.sigma.sound import min_rule
-from smoothbook.tables.selectors import check_selector, parse_search, parse_table
+from smoothbook.tables.selectors import read_search, read_selector, read_table
 from smoothkit.certify import bounds, certificates
 from smoothkit.sampling.run import collect_votes
 from smoothkit.types import StoppingRule, check_sigma
@@ -83,9 +83,9 @@ OF_SEARCH = {
     sigmas,
 )
 def settings_of_a_search(settings, sigma0):
-    made = parse_search(settings)
+    made = read_search(settings)
     assert made.steps >= 1 and made.draws >= 1 and 0 < made.step_size < math.inf
-    table = parse_table(sigma0, {**settings, "fixed_for": 0.5})
+    table = read_table(sigma0, {**settings, "fixed_for": 0.5})
     assert table.search == made
 
 
@@ -96,7 +96,7 @@ def settings_of_a_search(settings, sigma0):
     )
 )
 def settings_of_a_selector(settings):
-    check_selector(settings)
+    read_selector(settings)
     assert settings["kind"] in ("prototypes", "smoothed") and settings["sigmas"]
 
 

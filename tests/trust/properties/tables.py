@@ -1,6 +1,5 @@
 """Tables of rows, cards and claims."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -22,9 +21,9 @@ from properties.inputs import (
     texts,
     vit,
 )
-from smoothbook import training
-from smoothbook.tables import claims, make, settings
-from smoothbook.tables import table as tables
+from smoothbook import tables, training
+from smoothbook.tables import build, make, settings
+from smoothbook.tables.claims import read_claims
 from smoothbook.tables.published import cohen_log, cohen_tables
 from smoothkit import models
 from smoothkit.certify import certificates
@@ -59,7 +58,7 @@ whole_tables = st.one_of(
 def tables_of_any_yaml(content, variant):
     with folder() as place:
         (place / "t.yaml").write_text(content, encoding="utf-8")
-        found = settings.load_rows(place / "t.yaml", variant)
+        found = settings.load_rows(place / "t.yaml", variant, check=build.check_row)
         assert all(0 < row.sigma <= 20 for row in found) and len({row.name for row in found}) == len(found)
         assert all(row.training_digest({r.name: r for r in found}) for row in found)
 
@@ -68,9 +67,9 @@ def tables_of_any_yaml(content, variant):
     st.one_of(texts, st.sampled_from(["sigma", "peft", "cifar10-peft:reduced", "peft:", ":", "../peft"])), share=0.15
 )
 def tables_by_name(name):
-    found, place = tables.open_table(name)
-    assert found and name in tables.kept_tables() and tables.protocol(name)
-    assert {path.name for path in tables.row_folders(place)} <= set(found)
+    table = tables.open(name)
+    assert len(table) and name in tables.kept() and table.protocol() and table._repr_html_()
+    assert {path.name for path in table.folder.iterdir()} <= set(table)
 
 
 CARD = {
@@ -91,11 +90,11 @@ def cards_of_any_json(content, radii):
     with folder() as place:
         copy_record(place / "a")
         (place / "a" / "card.json").write_text(json.dumps(content))
-        shown = tables.read_rows(place, radii)
-        assert len(shown) == 1 and len(tables.format_rows(shown, radii)) == 1
-        row, _ = tables.read_card(place / "a")
-        assert isinstance(row, settings.Row)
-        assert tables.read_certificates(place) or shown["problem"][0]
+        table = tables.Table("t", [settings.Row("a", 0.25)], place)
+        shown = table.frame(radii)
+        assert len(shown) == 1 and len(table.format(radii)) == 1
+        assert isinstance(table["a"].card.row, settings.Row)
+        assert table.certificates() or shown["problem"][0]
 
 
 @holds(
@@ -115,7 +114,7 @@ def rows_built_trained_and_certified(changed, method):
         return
     with refused(training.TrainingDiverged):
         trained = make.train_row(row, eight(), base=vit(), progress=False).model
-    assert type(make.build(row, vit(), image_shape=(1, 8, 8))) is type(trained)
+    assert type(build.build(row, vit(), image_shape=(1, 8, 8))) is type(trained)
     record = make.certify_row(row, trained, eight().take("first:2"), progress=False, batch=64)
     assert len(certificates(record)) == 2
 
@@ -127,10 +126,8 @@ def rows_built_trained_and_certified(changed, method):
 )
 def classifiers_of_kept_rows(table, name):
     """The stored classifier, or why there is none; what a row was trained from is there whenever the row is."""
-    found, place = tables.open_table(table)
-    with contextlib.suppress(KeyError):
-        make.load_base(found, place, found[name])
-    assert isinstance(make.load_classifier(found, place, name), models.BaseClassifier)
+    row = tables.open(table)[name]
+    assert isinstance(row.base(), models.BaseClassifier) and isinstance(row.classifier(), models.BaseClassifier)
 
 
 CLAIM = {"claim": "c", "least": "gaussian-{sigma}", "tables": {"noise-training": [0.25]}, "radius": 0.25, "margin": 0.1}
@@ -153,13 +150,13 @@ def claims_of_any_yaml(content):
     """The reader of data/claims.yaml, at a file of any content."""
     with folder() as place:
         (place / "claims.yaml").write_text(content, encoding="utf-8")
-        found = claims.read_claims(place / "claims.yaml")
+        found = read_claims(place / "claims.yaml")
         assert all(c.holds in ("yes", "no", "unclear", "not measured") for c in found)
 
 
 @holds(st.sampled_from(["sigma", "noise-training", "nonsense", ""]), share=0.02)
 def claims_of_a_table(name):
-    assert set(claims.claims(name)["holds"]) <= {"yes", "no", "unclear", "not measured"}
+    assert set(tables.claims(name)["holds"]) <= {"yes", "no", "unclear", "not measured"}
 
 
 @holds(st.sampled_from(["cifar10", "imagenet", "x"]), numbers, numbers, names, share=0.3)
