@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test test-browser lab docs figures records starters lock audits faults coverage fuzz scale versions readme lint format clean help
+.PHONY: run test test-browser lab docs figures records starters lock audits faults coverage referee fuzz scale versions readme lint format clean help
 
 run: $(READY)
 	$(BIN)/smoothkit run $(NOTEBOOKS) --preset $(PRESET) --jobs $(JOBS)
@@ -46,6 +46,9 @@ faults: $(READY)
 
 coverage: $(READY)
 	$(BIN)/python tests/trust/measure_coverage.py
+
+referee: $(READY)
+	$(BIN)/python tests/trust/referee.py
 
 fuzz: $(READY)
 	$(BIN)/python tests/trust/fuzz_inputs.py
@@ -83,6 +86,7 @@ help:
 	@echo "make starters                       train the starter models of the digits again (about twenty minutes)"
 	@echo "make lock                           requirements.lock: one set of versions for reproducible installs"
 	@echo "make audits                         check every committed record, votes drawn again"
+	@echo "make referee                        exact checks of every rule, and attacks: data/trust (minutes)"
 	@echo "make faults, coverage, fuzz, scale  break it on purpose: results in data/trust, ten minutes each at most"
 	@echo "make versions                       all tests with the lowest versions allowed and with yours: data/trust (an hour; needs uv)"
 	@echo "make readme                         numbers and figure of the READMEs from records"
