@@ -215,8 +215,8 @@ def test_a_forked_process_can_draw():
     queue = context.Queue()
     child = context.Process(target=_bits_in_child, args=(queue,))
     child.start()
-    assert queue.get(timeout=60) == expected
-    child.join(60)
+    assert queue.get(timeout=600) == expected
+    child.join(600)
     assert child.exitcode == 0
 
 

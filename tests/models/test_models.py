@@ -115,7 +115,7 @@ def test_hub_cache_without_network(tmp_path):
         "except FileNotFoundError as error: print('missing:', error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "moves this prediction: 4 (sigma = 0.25" in done.stdout
     assert "missing: the weights of hf-hub:smooth/other are not at hand" in done.stdout

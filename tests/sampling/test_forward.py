@@ -179,20 +179,35 @@ def test_a_network_that_cannot_be_compiled_goes_on(images, monkeypatch):
     assert not made.road.compiled
 
 
-def test_a_compiled_network_that_is_wrong_or_slow_is_left(images, monkeypatch):
+def test_a_compiled_network_that_is_wrong_is_left(images, monkeypatch):
     made = prepare(convolutional(), (3, 16, 16), device=CPU)
     plain = made._plain
-    rows = rows_for(made, images)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) * 1.1)
+    with made.evaluating(), pytest.warns(UserWarning, match="logits 0.1 apart"):
+        made.compile(rows_for(made, images), keep_slower=True)
+    assert not made.road.compiled and made._call is plain
+
+
+@pytest.mark.parametrize(
+    ("faster", "keep_slower", "kept"),
+    [(0.5, False, False), (forward.WORTH - 0.01, False, False), (forward.WORTH, False, True), (0.5, True, True)],
+)
+def test_a_compiled_network_is_kept_where_it_is_faster(images, monkeypatch, faster, keep_slower, kept):
+    """By how much is measured, and no clock is a test: here it is given."""
+    made = prepare(convolutional(), (3, 16, 16), device=CPU)
+    made.samples_per_second = 100.0
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(forward, "how_much_faster", lambda *_: faster)
     with made.evaluating():
-        monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) * 1.1)
-        with pytest.warns(UserWarning, match="logits 0.1 apart"):
-            made.compile(rows, keep_slower=True)
-        monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: (f(x), f(x), f(x))[0])
-        made.compile(rows)
-        assert not made.road.compiled and made._call is plain
-        monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-        made.compile(rows, keep_slower=True)
-        assert made.road.compiled
+        made.compile(rows_for(made, images), keep_slower=keep_slower)
+    assert made.road.compiled == kept and made.samples_per_second == (100 * faster if kept else 100)
+
+
+def test_how_much_faster_is_the_median_of_rounds_in_turn():
+    took = iter([3.0, 1.0, 100.0, 1.0, 4.0, 2.0])  # plain, other, plain, other, ...
+    calls = []
+    seconds = lambda call: (calls.append(call), next(took))[1]  # noqa: E731
+    assert forward.how_much_faster(seconds, "plain", "other") == 3.0 and calls == ["plain", "other"] * 3
 
 
 def test_compiling_is_tried_only_where_the_run_repays_it(digits, monkeypatch):

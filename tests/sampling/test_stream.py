@@ -1,8 +1,10 @@
 """The engine: votes that depend on nothing but (model, images, sigma, seed)."""
 
 import os
+import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,7 +153,7 @@ def run_in_a_process(folder) -> subprocess.Popen:
 
 def test_sigkill_and_resume_give_identical_counts(starter, digits, tmp_path):
     process = run_in_a_process(tmp_path / "killed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(tmp_path.glob("killed/parts/part-*.parquet"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.01)
@@ -159,7 +161,7 @@ def test_sigkill_and_resume_give_identical_counts(starter, digits, tmp_path):
     process.wait()
     kept = len(open_record(tmp_path / "killed").rows())
     assert 0 < kept < 90, "killed in the middle"
-    assert run_in_a_process(tmp_path / "killed").wait(timeout=120) == 0
+    assert run_in_a_process(tmp_path / "killed").wait(timeout=600) == 0
     resumed = open_record(tmp_path / "killed")
     undisturbed = Smoothed(starter, 0.25).sample(digits.take("first:30"), n0=100, n=1_000, progress=False)
     assert counts_of(resumed) == counts_of(undisturbed) and len(counts_of(resumed)) == 30
@@ -353,16 +355,16 @@ def test_cost_is_said_before_a_long_run(digits, monkeypatch, capsys):
     assert "votes at sigma 0.25" in err and "images/s" in err
 
 
-def test_provenance_names_no_machine(starter, digits, tmp_path):
-    import socket
-
+def test_provenance_names_no_machine(starter, digits, tmp_path, monkeypatch):
+    for asked in ((socket, "gethostname"), (platform, "node")):
+        monkeypatch.setattr(*asked, lambda: "machine-of-somebody")
     record = Smoothed(starter, 0.25).sample(
         digits.take("first:1"), n0=10, n=20, alpha=0.05, out=tmp_path / "r", progress=False
     )
     (about,) = record.provenance()
     assert about["compute_batch"] == 100 and about["torch"] == torch.__version__
     text = "".join(p.read_bytes().decode("latin1") for p in [*record.parts(), record.path / "run.json"])
-    assert str(ROOT) not in text and str(tmp_path) not in text and socket.gethostname() not in text
+    assert str(ROOT) not in text and str(tmp_path) not in text and "machine-of-somebody" not in text
 
 
 def test_without_triton_numba_and_a_compiler(tmp_path):
@@ -376,7 +378,7 @@ def test_without_triton_numba_and_a_compiler(tmp_path):
         "print(record.votes()['counts_estimation'].map(list).tolist())\n"
     )
     environment = {**os.environ, "CC": "/nonexistent", "CXX": "/nonexistent", "PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     images = data.load("digits", subset="first:2")
     record = Smoothed(models.load("starter:digits-vit-0.25"), 0.25).sample(images, n=200, progress=False)

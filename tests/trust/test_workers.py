@@ -3,14 +3,12 @@
 import concurrent.futures
 import multiprocessing
 import os
-import signal
-import threading
-import time
+import platform
 
 import pytest
 import torch
 from conftest import ROOT
-from inject_faults import Slow
+from inject_faults import KilledOnce, Slow
 
 from smoothbook.cli import main
 from smoothkit import Smoothed, data, models
@@ -35,8 +33,9 @@ def small_units(monkeypatch):
     monkeypatch.setattr(run, "UNIT_SAMPLES", 1_000)
 
 
-def sample(images, out=None, pause=0.0, **settings):
-    return Smoothed(Slow(pause), 0.25, compile=False).sample(images, n=1_500, out=out, progress=False, **settings)
+def sample(images, out=None, network=None, **settings):
+    smoothed = Smoothed(network or Slow(0), 0.25, compile=False)
+    return smoothed.sample(images, n=1_500, out=out, progress=False, **settings)
 
 
 def test_threads_and_processes_give_the_same_counts(images, small_units, tmp_path):
@@ -45,7 +44,7 @@ def test_threads_and_processes_give_the_same_counts(images, small_units, tmp_pat
         assert counts(sample(images, executor=pool)) == expected
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         record = sample(images, tmp_path / "r", executor=pool)
-    assert counts(record) == expected and {p["device"] for p in record.provenance()} == {"cpu x86_64"}
+    assert counts(record) == expected and {p["device"] for p in record.provenance()} == {f"cpu {platform.machine()}"}
     how = dict(rule=sequential_rule([0.05, 0.1], n_max=2_000), progress=False)
     one = Smoothed(Slow(0), 0.25, compile=False).sample(images, **how)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -74,32 +73,17 @@ def test_the_shared_part_is_sent_once_to_each_worker():
     assert len(sent) < 200  # while both lack it a few units are on their way; never with each of 500
 
 
-def dies(shared, unit):
-    if unit == 7:
-        os._exit(1)
-    return unit
-
-
 def test_a_pool_that_breaks_leaves_a_record_that_goes_on(images, small_units, tmp_path):
-    expected = counts(sample(images))
-    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
-    pool.submit(os.getpid).result()  # the process is there
-    (victim,) = pool._processes
-
-    def kill_when_something_is_kept():
-        while not list((tmp_path / "r").glob("parts/*")):
-            time.sleep(0.005)
-        os.kill(victim, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_when_something_is_kept)
-    killer.start()
-    with pytest.raises(WorkersLost, match="run again, with a new pool"):
-        sample(images, tmp_path / "r", pause=0.002, executor=pool)
-    killer.join()
+    expected, network = counts(sample(images)), KilledOnce(tmp_path)
+    with (
+        concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool,
+        pytest.raises(WorkersLost, match="run again, with a new pool"),
+    ):
+        sample(images, tmp_path / "r", network, executor=pool)
     kept = len(open_record(tmp_path / "r").rows())
     assert 0 < kept < len(expected)
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as again:
-        assert counts(sample(images, tmp_path / "r", executor=again)) == expected
+        assert counts(sample(images, tmp_path / "r", network, executor=again)) == expected
 
 
 def test_errors_of_a_worker_are_those_of_one_process(images):
@@ -133,18 +117,8 @@ def test_dask_with_a_worker_killed(cluster, images, small_units, tmp_path):
     expected = counts(sample(images))
     with distributed.Client(cluster) as client:
         client.wait_for_workers(2)
-        first = next(iter(client.run(os.getpid).values()))
-
-        def kill_when_something_is_kept():
-            while not list((tmp_path / "r").glob("parts/*")):
-                time.sleep(0.01)
-            os.kill(first, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill_when_something_is_kept)
-        killer.start()
-        record = sample(images, tmp_path / "r", pause=0.002, executor=client.get_executor())
-        killer.join()
-        assert first not in client.run(os.getpid).values()
+        record = sample(images, tmp_path / "r", KilledOnce(tmp_path), executor=client.get_executor())
+        assert int((tmp_path / "killed").read_text()) not in client.run(os.getpid).values()
     assert counts(record) == expected
 
 

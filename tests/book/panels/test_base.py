@@ -156,16 +156,16 @@ def test_a_job_can_be_stopped_and_started_anew():
 
     def work(job):
         begun.set()
-        free.wait(10)
+        free.wait(600)
         rounds.append(job.stopped)
 
     job = Job("Go", work, lambda error: None)
     job.start_button.click()
-    assert begun.wait(10) and job.running and job.start_button.disabled and not job.stop_button.disabled
+    assert begun.wait(600) and job.running and job.start_button.disabled and not job.stop_button.disabled
     job.start()  # ignored
     job.restart()  # ends what runs, and begins anew
     free.set()
-    job.wait(10)
+    job.wait(600)
     assert rounds == [True, False] and not job.running and not job.start_button.disabled
 
 
@@ -177,7 +177,7 @@ def test_what_a_job_raises_is_shown():
 
     job = Job("Go", work, panel.complain)
     job.start()
-    job.wait(10)
+    job.wait(600)
     assert panel.error == "RuntimeError: no memory left" and not job.running
 
 

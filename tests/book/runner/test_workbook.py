@@ -52,7 +52,7 @@ def source(tmp_path_factory) -> Path:
     parameters = (PARAMETERS, "parameters")
     write_notebook(folder / "00_good.ipynb", PROSE, parameters, FIGURE, "fig", WHERE, ("answer = 42", "solution"))
     write_notebook(folder / "10_fails.ipynb", "1 + 1", "raise RuntimeError('first line\\nno data here')", "never = 1")
-    write_notebook(folder / "20_slow.ipynb", ("wait: float = 60.0", "parameters"), "import time\ntime.sleep(wait)")
+    write_notebook(folder / "20_slow.ipynb", ("wait: float = 600.0", "parameters"), "import time\ntime.sleep(wait)")
     presets = {
         "digits": "_description: The default.\n00_good: {n: 5}\n",
         "misspelt": "00_good: {figure_dir: x}\n",
@@ -207,7 +207,7 @@ def test_timeout_stops_one_notebook(source, tmp_path):
     summary = workbook.run_notebooks("20_slow", out=tmp_path, timeout=4, log=lambda line: None, source=source)
     (slow,) = summary.results
     assert slow.status == "failed" and slow.error == "stopped after 4 s, its timeout"
-    assert slow.seconds < 30
+    assert slow.seconds < 600  # it would wait as long
 
 
 def running_under(folder: Path) -> list[int]:
@@ -230,11 +230,11 @@ def test_ctrl_c_leaves_a_gallery_and_no_kernel(source, tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out"), str(source)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 600
     while len(running_under(tmp_path / "out")) < 2 and time.monotonic() < deadline:  # the worker and its kernel
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=50)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 130, printed
     assert "20_slow  interrupted" in printed
     assert (tmp_path / "out/index.html").exists()
