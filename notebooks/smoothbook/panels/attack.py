@@ -215,7 +215,8 @@ class AttackPanel(Panel):
         reach: float = 1.4,
         seed: int = 0,
     ) -> None:
-        self.images, self.smoothed = images, Smoothed(base_classifier, record.sigma)
+        self.images = images
+        self.smoothed = Smoothed(base_classifier, record.sigma, noise=record.identity.noise)
         self.counts = read_counts(record)
         self.edges = self.counts.edges
         self.cases: list[dict] = []

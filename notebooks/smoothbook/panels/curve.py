@@ -15,10 +15,10 @@ import traitlets
 
 from smoothbook import figures
 from smoothbook.panels.base import LABEL, AlphaControl, EdgeControl, Panel, check_edge, note, row, thumbnail
-from smoothkit.certify.bounds import clopper_pearson_lower, radius
+from smoothkit.certify.bounds import clopper_pearson_lower, radius, sigma_of_proof
 from smoothkit.certify.table import certificate_table
 from smoothkit.records import Record, RecordError
-from smoothkit.types import ABSTAIN, check_alpha, round_down
+from smoothkit.types import ABSTAIN, NoiseForm, check_alpha, round_down
 
 STEPS = 400  # drawn of a curve; more cannot be told apart, and take time
 SHOWN = 24  # pictures of a brushed region
@@ -34,18 +34,13 @@ class Counts:
 
     name: str
     sigma: float
-    noise: str
-    n0: int
-    alpha: float  # what the record was planned for
+    noise: NoiseForm
     edges: tuple[int, ...]
     index: np.ndarray
     image_id: np.ndarray
     label: np.ndarray
     c_a: np.ndarray
     n_a: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def certificates(self, *, alpha: float, n: int) -> pd.DataFrame:
         """As `certify.certificates` gives them at another alpha or n, a block edge, one row an image.
@@ -54,7 +49,8 @@ class Counts:
         """
         check_alpha(alpha)
         check_edge(n, self.edges)
-        radii = radius(clopper_pearson_lower(self.n_a[self.edges.index(n)], n, alpha), self.sigma)
+        p_a_lower = clopper_pearson_lower(self.n_a[self.edges.index(n)], n, alpha)
+        radii = radius(p_a_lower, sigma_of_proof(self.sigma, self.noise))
         images = {"index": self.index, "label": self.label, "image_id": self.image_id}
         return certificate_table(images, np.where(radii > 0, self.c_a, ABSTAIN), radii)
 
@@ -71,9 +67,7 @@ def read_counts(record: Record, name: str = "") -> Counts:
     return Counts(
         name=name or (record.path.name if record.path else record.identity.model),
         sigma=record.sigma,
-        noise=record.identity.noise,
-        n0=record.stopping_rule.n0,
-        alpha=record.stopping_rule.alpha,
+        noise=NoiseForm.parse(record.identity.noise),
         edges=tuple(record.edges()),
         index=complete["index"].to_numpy(np.int64),
         image_id=complete.index.to_numpy(np.int64),

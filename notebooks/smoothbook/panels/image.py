@@ -36,8 +36,8 @@ from smoothkit.certify.betting import kt_lower, kt_upper
 from smoothkit.certify.fixed import from_lower_bound
 from smoothkit.data import Images
 from smoothkit.sampling.batches import Task
-from smoothkit.sampling.stream import VoteStream
-from smoothkit.types import Certificate, NoiseForm, Votes, round_down
+from smoothkit.sampling.stream import VoteStream, noise_of
+from smoothkit.types import Certificate, Votes, round_down
 
 COPIES = 7  # noisy copies shown
 PIECE = 100  # samples between two pictures while sampling
@@ -45,7 +45,14 @@ CHOICES = 5  # thumbnails at each end; a row in all
 
 
 def certificate_so_far(
-    selection: Votes, estimation: Votes, *, sigma: float, alpha: float, noise: str, class_names: Sequence[str] = ()
+    selection: Votes,
+    estimation: Votes,
+    *,
+    sigma: float,
+    alpha: float,
+    noise: str,
+    class_names: Sequence[str] = (),
+    values: int | None = None,
 ) -> Certificate:
     """The certificate of votes that were looked at while they came, and could be stopped at any time.
 
@@ -53,7 +60,7 @@ def certificate_so_far(
     """
     n_a = int(estimation.counts[selection.top])
     p_a_lower = float(kt_lower(n_a, estimation.n, alpha)) if estimation.n else 0.0
-    known = dict(sigma=sigma, alpha=alpha, noise=noise, class_names=class_names)
+    known = dict(sigma=sigma, alpha=alpha, noise=noise, class_names=class_names, values=values)
     return from_lower_bound(selection, estimation, p_a_lower, rule="kt", **known)
 
 
@@ -254,8 +261,8 @@ class ImagePanel(Panel):
         selection, estimation = self._votes or (Votes(np.zeros(classes, int), 0), Votes(np.zeros(classes, int), 0))
         names = [self.images.class_name(c) for c in range(classes)]
         certificate = certificate_so_far(
-            selection, estimation, sigma=self.sigma, alpha=self.alpha, noise=str(NoiseForm(self.images.grid)),
-            class_names=names,
+            selection, estimation, sigma=self.sigma, alpha=self.alpha, class_names=names, values=image.numel(),
+            noise=str(noise_of(None, self.images, self.sigma)),
         )  # fmt: skip
         votes = dict(counts=estimation.counts, n=estimation.n, class_names=names, certificate=certificate)
         if self._drawn is None:

@@ -69,7 +69,7 @@ def plane_points(plane: Plane, side: int) -> PlanePoints:
     check_images(plane.origin[None], name="the image in the middle")
     axis = plane.axis(side)
     at = [(u, v) for v in axis for u in axis]
-    known = "-".join(content_digest(x) for x in (plane.origin, plane.first, plane.second))
+    known = "-".join(content_digest(x, 56) for x in (plane.origin, plane.first, plane.second))
     return PlanePoints(
         dataset="slice", split="all", subset="all", index=np.arange(len(at)), keys=tuple(f"{u!r},{v!r}" for u, v in at),
         labels=np.full(len(at), UNLABELLED), class_names=(), grid=None, read=lambda i: plane.point(*at[i]),

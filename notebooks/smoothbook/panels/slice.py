@@ -38,7 +38,8 @@ from smoothbook.panels.plane import (
 from smoothbook.panels.regions import slice_figure
 from smoothkit.certify import certify_votes
 from smoothkit.data import Images
-from smoothkit.types import Certificate, NoiseForm, Votes
+from smoothkit.sampling.stream import noise_of
+from smoothkit.types import Certificate, Votes
 
 COARSE, FINE = 16, 64  # points a side for the smoothed classifier
 KEPT = 12  # sampled planes remembered
@@ -169,7 +170,7 @@ class SlicePanel(Panel):
         names = [self.images.class_name(c) for c in range(len(kept.selection.counts))]
         certificate = certify_votes(
             kept.selection, kept.estimation[edge], sigma=self.sigma, alpha=self.alpha, class_names=tuple(names),
-            noise=str(NoiseForm(self.images.grid)),
+            noise=str(noise_of(None, self.images, self.sigma)), values=kept.plane.origin.numel(),
         )  # fmt: skip
         smoothed = shares = None
         side, votes = max(kept.counts, default=0), 0

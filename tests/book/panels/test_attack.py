@@ -15,7 +15,8 @@ from smoothbook.panels.attack import (
     save_case,
 )
 from smoothkit import Smoothed
-from smoothkit.types import ABSTAIN
+from smoothkit.sampling.run import collect_votes
+from smoothkit.types import ABSTAIN, StoppingRule
 
 
 def certificates():
@@ -103,6 +104,15 @@ def test_a_broken_certificate_is_shown_and_kept(panel, tmp_path, monkeypatch):
     assert case["distance"] < case["radius"] and case["attacked"].shape == (1, 2, 2)
     apart = np.linalg.norm(case["attacked"].astype(float) - case["image"].astype(float))
     assert apart == pytest.approx(float(case["distance"]))
+
+
+def test_attacked_images_are_asked_with_the_noise_of_the_record(half_space, patches):
+    rule = StoppingRule(n0=20, n=100, alpha=0.001)
+    for noise in ("float", "exact-grid:255"):
+        record = collect_votes(
+            half_space, patches, sigma=0.25, stopping_rule=rule, noise=noise, model_id="h", progress=False
+        )
+        assert str(AttackPanel(half_space, patches, record).smoothed.noise) == noise
 
 
 def test_a_case_is_a_file(tmp_path):

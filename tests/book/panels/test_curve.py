@@ -20,6 +20,7 @@ from smoothbook.panels.curve import (
 )
 from smoothkit.certify import certificates
 from smoothkit.records import RecordError
+from smoothkit.types import NoiseForm
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def many(images=10_000, n=100_000) -> Counts:
     rng = np.random.default_rng(0)
     p, index = rng.beta(4, 0.5, images), np.arange(images)
     zeros = np.zeros(images, dtype=np.int64)
-    return Counts("many", 0.5, "float", 100, 0.001, (n,), index, index, zeros, zeros, rng.binomial(n, p)[None])
+    return Counts("many", 0.5, NoiseForm(None), (n,), index, index, zeros, zeros, rng.binomial(n, p)[None])
 
 
 def test_many_images_are_drawn_with_fewer_steps_and_never_above():

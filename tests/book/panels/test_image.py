@@ -11,8 +11,8 @@ from smoothbook.panels.image import ImagePanel, certificate_so_far, distances_fr
 from smoothkit import data
 from smoothkit.certify import certificates
 from smoothkit.certify.betting import kt_lower
-from smoothkit.certify.bounds import clopper_pearson_lower, radius
-from smoothkit.types import ABSTAIN, Votes
+from smoothkit.certify.bounds import clopper_pearson_lower, radius, sigma_of_proof
+from smoothkit.types import ABSTAIN, NoiseForm, Votes
 
 
 def test_a_certificate_that_may_be_looked_at_never_passes_one_for_a_fixed_n():
@@ -54,7 +54,8 @@ def test_sampling_ends_at_n_with_the_votes_of_the_engine(half_space, patches, pa
     wanted = patch_record.votes().iloc[6]["counts_estimation"]
     (bars,) = panel.figure.select_traces({"name": "votes"})
     assert list(bars.customdata) == wanted.tolist() and np.allclose(bars.y, wanted / 1_000)
-    expected = float(radius(float(kt_lower(int(wanted.max()), 1_000, 0.001)), 0.25))
+    proof = sigma_of_proof(0.25, NoiseForm(patches.grid))
+    expected = float(radius(float(kt_lower(int(wanted.max()), 1_000, 0.001)), proof))
     assert panel.figure.layout.meta["radius"] == expected
     (ball,) = panel.figure.select_traces({"name": "certified ball"})
     assert np.allclose(np.hypot(ball.x, ball.y), expected) and "no change of L2 size below" in panel.words
@@ -86,11 +87,11 @@ def test_stop_keeps_what_was_counted(half_space, patches):
 
     panel = ImagePanel(Slow(), patches, image=7, n=1_000_000)
     panel.job.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 600
     while panel.figure.layout.meta["n"] == 0 and time.monotonic() < end:
         time.sleep(0.02)
     panel.job.stop_button.click()
-    panel.job.wait(20)
+    panel.job.wait(600)
     counted = panel.figure.layout.meta["n"]
     assert 0 < counted < 1_000_000 and not panel.job.running and not panel.error
     assert f"of {counted:,} votes" in panel.words
