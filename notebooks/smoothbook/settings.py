@@ -2,7 +2,7 @@
 
     read_settings(Row, {"name": "a", "sigma": 0.25}, where="peft.yaml, row a")
 
-`where` stands in front of every message: the file, and the part of it.
+`where` stands in front of every message: the file, and the part of it. Every message is that of a ValueError.
 """
 
 import dataclasses
@@ -23,13 +23,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times a
 
 
 def read_yaml(path: str | Path, error: type[ValueError] = ValueError) -> Any:
-    """The content of a YAML file.
-
-    Raises
-    ------
-    error
-        If it is no YAML, or no text at all; it names the file.
-    """
+    """The content of a YAML file; `error` is raised if it is no YAML, or no text at all, and names the file."""
     path = Path(path)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
@@ -50,7 +44,6 @@ def read_settings(
     settings : mapping
         As YAML or JSON gave it.
     where : str
-        For messages: the file and what in it, as `peft.yaml, row a`.
     parts : mapping, optional
         Dataclasses by name for fields that are chosen by name and whose settings stand beside the others: with
         `{"attack": {"pgd": PGD}}` the settings `{attack: pgd, epsilon: 1}` give the field `attack` a PGD.
@@ -81,13 +74,7 @@ def read_settings(
 
 
 def check_keywords(where: str, function: Callable, settings: Any, *, leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """Settings that can be the keyword arguments of a function or dataclass, by name and type; lists are tuples where it wants them.
-
-    Raises
-    ------
-    ValueError
-        Names the setting and what there is.
-    """
+    """Settings that can be keyword arguments of a function or dataclass, by name and type, as `check_type` returns them."""
     check_type(where, dict, settings)
     known = {name: p for name, p in _parameters(function).items() if name not in set(leave_out)}
     check_keys(where, settings, known)
@@ -118,10 +105,7 @@ def check_one_of(name: str, value: Any, known: Iterable, *, error: type[ValueErr
 def check_type(name: str, wanted: Any, value: Any) -> Any:
     """The value, if it is of a type as annotations have it; a list becomes a tuple, a mapping a dataclass, where that is wanted.
 
-    Raises
-    ------
-    ValueError
-        Also for a number that is not finite, and for a bool where a number is wanted.
+    A whole number will do for a float, a Boolean for no number, and a number that is not finite for nothing.
     """
     if wanted in (inspect.Parameter.empty, Any):
         return value
@@ -137,9 +121,8 @@ def check_type(name: str, wanted: Any, value: Any) -> Any:
     allowed = (*plain, *(also[t] for t in plain if t in also))
     if (isinstance(value, bool) and bool not in plain) or not isinstance(value, allowed):
         words = " or ".join("nothing" if t is type(None) else t.__name__ for t in plain)
-        hint = ""
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):
-            hint = f"; YAML reads {value} as text, write {float(value)!r}"
+        text = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value)
+        hint = f"; YAML reads {value} as text, write {float(value)!r}" if text else ""
         raise ValueError(f"{name} must be {words}, got {value!r}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -151,14 +134,13 @@ def check_type(name: str, wanted: Any, value: Any) -> Any:
 def _elements(name: str, options: Iterable, value: Any) -> Any:
     """A list, tuple or dict with its elements checked, where the annotation says what they are."""
     for option in options:
-        origin, of = typing.get_origin(option), typing.get_args(option)
+        origin, of = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is dict and of and isinstance(value, dict):
+            keys = [check_type(f"a key of {name}", of[0], key) for key in value]
+            return {key: check_type(f"{name}: {key}", of[1], value[key]) for key in keys}
         if origin in (list, tuple) and isinstance(value, list | tuple):
-            return origin(check_type(f"{name}[{i}]", of[0], element) for i, element in enumerate(value))
-        if origin is dict and isinstance(value, dict):
-            return {
-                check_type(f"a key of {name}", of[0], k): check_type(f"{name}: {k}", of[1], v) for k, v in value.items()
-            }
-    return tuple(value) if tuple in options and isinstance(value, list) else value
+            return origin(check_type(f"{name}[{i}]", of[0] if of else Any, element) for i, element in enumerate(value))
+    return value
 
 
 def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
