@@ -22,20 +22,20 @@ MODULES_OF = {
     "smoothkit.sampling": ["progress", "workers", "probe", "forward", "batches", "stream", "run", "smoothed", "cascade"],
     "smoothkit.reading": ["accuracy", "intervals", "dialects", "logs", "alpha", "report", "audit"],
     "smoothbook.adapters": ["base", "lora", "bottleneck", "prompts", "certifying", "black_box"],
-    "smoothbook.training": ["attacks", "schedules", "losses", "images", "checkpoint", "run", "fit", "gradient_free"],
-    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars"],
+    "smoothbook.training": ["attacks", "schedules", "losses", "images", "checkpoint", "run", "fit", "gradient_free", "pilot", "estimates"],
+    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies"],
     "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate"],
     "smoothbook.sigma": [
         "distances", "ledger", "memory", "search", "table", "sound", "selectors", "reading",
     ],
     "smoothbook.tables": [
-        "settings", "denoisers", "selectors", "build", "table", "cost", "make", "published", "claims",
+        "settings", "denoisers", "selectors", "build", "table", "studies", "cost", "make", "published", "claims", "summary",
     ],
     "smoothbook.panels": [
         "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",
     ],
     "smoothbook.bench": [
-        "registry", "measure", "peers", "plan", "parts", "engine", "overhead", "loop", "memory", "scaling", "samples",
+        "registry", "measure", "batch", "peers", "plan", "parts", "engine", "overhead", "loop", "memory", "scaling", "samples",
         "sigma", "panels", "run",
     ],
     "smoothbook.runner": ["notebooks", "pages", "gallery", "reference", "run", "workshop", "exercises"],

@@ -2,8 +2,10 @@
 
 from smoothbook.tables.claims import ClaimError, claims
 from smoothbook.tables.settings import Card, Row, RowError, load_rows
+from smoothbook.tables.summary import Beside, beside, differences_in_words, summary
 from smoothbook.tables.table import Table, TableRow, classifier_of, kept, open
 
 __all__ = [
-    "Card", "ClaimError", "Row", "RowError", "Table", "TableRow", "claims", "classifier_of", "kept", "load_rows", "open",
+    "Beside", "Card", "ClaimError", "Row", "RowError", "Table", "TableRow", "beside", "claims", "classifier_of", "differences_in_words",
+    "kept", "load_rows", "open", "summary",
 ]  # fmt: skip
