@@ -49,22 +49,20 @@ def through_memory(memory: Memory, images: Sequence, table: pd.DataFrame) -> pd.
     )
 
 
-def three_radii(
-    *, frozen: pd.DataFrame | None = None, memory: pd.DataFrame | None = None, sound: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def three_radii(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Frozen, memory and sound certificates of the same images side by side, under names that say which is which.
 
     Parameters
     ----------
-    frozen, memory, sound : DataFrames, at least one
-        Tables of certificates of the same images, by `image_id`.
+    tables : mapping from some of `READINGS` to certificates of the same images, by `image_id`
 
     Returns
     -------
     DataFrame with idx, label, key, image_id, and for each reading given `<reading>_predict`, `<reading>_radius`,
     `<reading>_sigma`. `frame.attrs["readings"]` says what each is about.
     """
-    tables = _given(frozen, memory, sound)
+    if not tables or not tables.keys() <= READINGS.keys():
+        raise ValueError(f"readings must be some of {', '.join(READINGS)}, got {', '.join(tables) or 'none'}")
     joined = next(iter(tables.values())).set_index("image_id")[["idx", "label", "key"]]
     for name, table in tables.items():
         mine = table.set_index("image_id")[["predict", "radius", "sigma"]]
@@ -76,30 +74,14 @@ def three_radii(
     return joined
 
 
-def _given(*tables: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
-    """The tables by their reading, those not given left out."""
-    given = {name: table for name, table in zip(READINGS, tables, strict=True) if table is not None}
-    if not given:
-        raise ValueError(f"give certificates of at least one reading: {', '.join(READINGS)}")
-    return given
+def accuracy_by_reading(tables: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """Certified accuracy at each radius, a row for each reading, with what the row is about.
 
-
-def accuracy_by_reading(
-    radii: Sequence[float],
-    *,
-    frozen: pd.DataFrame | None = None,
-    memory: pd.DataFrame | None = None,
-    sound: pd.DataFrame | None = None,
-) -> pd.DataFrame:
-    """Certified accuracy at each radius, a row for each reading given, with what the row is about.
-
-    Returns
-    -------
-    DataFrame with `reading`, `about`, a column for each radius, and `acr`.
+    `tables` are as for `three_radii`; the columns are `reading`, `about`, one for each radius, and `acr`.
     """
-    three_radii(frozen=frozen, memory=memory, sound=sound)  # refuses tables of different images
+    three_radii(tables)  # refuses other readings, and tables of different images
     rows = []
-    for name, table in _given(frozen, memory, sound).items():
+    for name, table in tables.items():
         shares = certified_accuracy(table, radii)
         row = {"reading": name, "about": READINGS[name]} | {f"{r:g}": s for r, s in zip(radii, shares, strict=True)}
         rows.append(row | {"acr": average_certified_radius(table)})

@@ -39,20 +39,20 @@ def test_through_a_memory_labels_and_correctness_are_made_anew():
 def test_three_radii_side_by_side():
     memory = through_memory(Memory(model="toy", shape=(1, 1, 1)), POINTS, FROZEN)
     sound = certificates([0, 0, 1, ABSTAIN], [0.1, 0.05, 0.2, 0.0], sigma=0.5)[::-1]  # in another order
-    table = three_radii(frozen=FROZEN, memory=memory, sound=sound)
+    tables = {"frozen": FROZEN, "memory": memory, "sound": sound}
+    table = three_radii(tables)
     assert table["sound_radius"].tolist() == [0.1, 0.05, 0.2, 0.0] and (table["sound_sigma"] == 0.5).all()
     assert table["frozen_radius"].tolist() == [0.375, 0.0, 0.25, 0.5] and "radius" not in table
     assert table.attrs["readings"] == READINGS
-    shares = accuracy_by_reading([0.0, 0.1, 0.3], frozen=FROZEN, memory=memory, sound=sound)
+    shares = accuracy_by_reading(tables, [0.0, 0.1, 0.3])
     assert shares["reading"].tolist() == ["frozen", "memory", "sound"]
     assert shares[["0", "0.1", "0.3"]].to_numpy().tolist() == [[0.75, 0.75, 0.5], [1.0, 1.0, 0.25], [0.75, 0.5, 0.0]]
     assert shares["about"].tolist() == list(READINGS.values())
     with pytest.raises(ValueError, match="other images"):
-        three_radii(frozen=FROZEN, sound=sound.assign(image_id=[9, 8, 7, 6]))
-    with pytest.raises(ValueError, match="at least one reading: frozen, memory, sound"):
-        three_radii()
-    with pytest.raises(TypeError, match="best"):
-        three_radii(best=FROZEN)
+        three_radii({"frozen": FROZEN, "sound": sound.assign(image_id=[9, 8, 7, 6])})
+    for tables, got in (({"best": FROZEN}, "best"), ({}, "none")):
+        with pytest.raises(ValueError, match=f"readings must be some of frozen, memory, sound, got {got}"):
+            three_radii(tables)
 
 
 def test_best_sigma_of_a_grid():

@@ -270,10 +270,10 @@ def the_min_rule(sigma_radius, class_radius):
 )
 def readings_of_tables(frozen, sound, radii, at):
     with contextlib.suppress(ValueError):
-        found = accuracy_by_reading(radii, frozen=frozen, sound=sound)
+        found = accuracy_by_reading({"frozen": frozen, "sound": sound}, radii)
         assert ((found[[f"{r:g}" for r in radii]] >= 0) & (found[[f"{r:g}" for r in radii]] <= 1)).to_numpy().all()
     with contextlib.suppress(ValueError):
-        assert len(three_radii(frozen=frozen, sound=sound)) == len(frozen)
+        assert len(three_radii({"frozen": frozen, "sound": sound})) == len(frozen)
     with contextlib.suppress(ValueError):
         memory = Memory(model="m", shape=(1, 1, 2))
         asked = through_memory(memory, [np.full((1, 1, 2), i / 6, np.float32) for i in range(len(frozen))], frozen)
