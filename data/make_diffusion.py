@@ -3,7 +3,6 @@
     python data/make_diffusion.py [digits-ddpm] [--steps 2500] [--out data/starters/digits-ddpm]
     python data/make_diffusion.py cifar10-ddpm                           reduced: for one CPU core
     python data/make_diffusion.py cifar10-ddpm-large --device cuda       for a GPU
-    python data/make_diffusion.py --measure [--images 100] [--n 300]     what it does for the clean starter of the digits
 
 DDPMs (Ho et al. 2020) of training images on [-1, 1]: a UNet2DModel with noise prediction, the linear schedule of 1,000
 steps, and an average of the weights, which is what is kept, rounded to half precision. Validation images are only looked
@@ -21,19 +20,16 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
-import pandas as pd
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoothbook.denoise import DenoisedClassifier, DiffusionDenoiser, alphas_bar_of, load_diffusion, psnr
+from smoothbook.denoise import DiffusionDenoiser, alphas_bar_of, psnr
 from smoothbook.training import crop_and_flip
 from smoothbook.training.checkpoint import check_identity, fill, read_checkpoint, write_checkpoint
 from smoothbook.training.fit import rate_factor
-from smoothkit import Smoothed, data, models
-from smoothkit.certify import cascade_certificates, certificates
-from smoothkit.reading import certified_accuracy
+from smoothkit import data, models
 
 HERE = Path(__file__).parent
 STARTERS, BUILD = HERE / "starters", HERE.parent / "runs" / "diffusion"
@@ -212,43 +208,15 @@ def save(name: str, unet: torch.nn.Module, scheduler: DDPMScheduler, out: Path, 
     print(f"{out.name}: {card['test_psnr_of_one_shot_denoising_by_sigma']}", flush=True)
 
 
-def measure(out: Path, images: int, n: int) -> None:
-    """Certified accuracy of the clean starter alone and behind the diffusion model, and of both scales together."""
-    digits, clean = data.load("digits").take(f"first:{images}"), models.load("starter:digits-vit-clean")
-    records = {}
-    for sigma in (0.25, 0.5):
-        denoised = DenoisedClassifier(load_diffusion(out, sigma=sigma), clean)
-        for what, base in (("clean starter", clean), ("diffusion + clean starter", denoised)):
-            record = Smoothed(base, sigma).sample(digits, n0=50, n=n, progress=False)
-            records[what, sigma] = record
-            report(f"{what} at sigma {sigma:g}", certificates(record))
-    scales = {sigma: records["diffusion + clean starter", sigma] for sigma in (0.25, 0.5)}
-    for rule in ("cascade", "max", "released"):
-        report(f"diffusion, two scales, rule {rule}", cascade_certificates(scales, rule=rule))
-
-
-def report(name: str, table: pd.DataFrame) -> None:
-    radii = (0.0, 0.25, 0.5, 0.75)
-    shares = ", ".join(f"{r:g}: {a:.1%}" for r, a in zip(radii, certified_accuracy(table, radii), strict=True))
-    calls = f", {table['calls'].mean():,.0f} calls an image" if "calls" in table else ""
-    print(f"{name}: certified accuracy at {shares}{calls}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", choices=list(RECIPES), default="digits-ddpm")
     parser.add_argument("--steps", type=int, help="those of the recipe by default")
     parser.add_argument("--out", type=Path, help="data/starters/MODEL by default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--n", type=int, default=300)
     options = parser.parse_args()
     diffusers.utils.logging.disable_progress_bar()
     out = options.out or STARTERS / options.model
-    if options.measure:
-        measure(out, options.images, options.n)
-        return
     steps = options.steps or RECIPES[options.model].steps
     unet, scheduler, seconds = train(options.model, steps, BUILD / f"{options.model}-{steps}", options.device)
     save(options.model, unet.cpu(), scheduler, out, steps, seconds)
