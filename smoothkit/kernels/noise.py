@@ -11,9 +11,10 @@ The bits are made in two steps, and both are part of the format of every record:
    float32 additions, multiplications, square roots and bit moves, each rounded once and never fused,
    so that any IEEE machine gives the same bits. Uniforms have 32 bits; the tails end at 6.76.
 
-The reference is NumPy. With numba (the extra `fast`) a compiled kernel makes the same bits sooner; `road()`
-names what is in use, and SMOOTHKIT_NO_KERNELS=1 keeps to NumPy. `noisy_rows` fills a batch that mixes images,
-as the model wants it; on a CUDA device a Triton kernel makes the same bits there.
+`noisy_rows` makes all noise: it fills a batch that mixes images, as a model wants it. `noisy_copies` and
+`standard_normal` are its rows for one image. The definition is NumPy (`noisy_rows_reference`, and `philox` for the
+two steps). Compiled kernels give the same bits sooner, numba's (the extra `fast`) on a CPU and Triton's on a CUDA
+device. `backend()` names what is in use; SMOOTHKIT_NO_KERNELS=1 keeps to NumPy.
 
 Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -30,113 +31,14 @@ import torch
 from torch import Tensor
 
 from smoothkit.kernels.philox import (
-    IMAGE_ID_BITS,
     MAX_PIXELS,
     MAX_SAMPLE,
     Purpose,
-    _check_counter,
-    _normals_of_words,
     counter_word,
+    normals,
+    rows_of_one_image,
     signed_bits,
 )
-
-
-def standard_normal(
-    num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
-) -> np.ndarray:
-    """Standard normals for samples start..stop-1 of one image: `standard_normal_reference`, by the faster road.
-
-    Returns
-    -------
-    float32 array [stop - start, num_pixels]; entry (i, p) depends only on (seed, purpose, image_id, start + i, p).
-
-    Raises
-    ------
-    ValueError
-        If an argument does not fit into its bits of the counter.
-    """
-    _check_counter(num_pixels, seed, purpose, image_id, start, stop)
-    counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
-    kernels = _kernels_for(num_pixels)
-    if kernels is None:
-        return standard_normal_reference(num_pixels, stop=stop, **counter)
-    out = np.empty((stop - start, num_pixels), dtype=np.float32)
-    kernels.standard_normal_into(out, threads=torch.get_num_threads(), **counter)
-    return out
-
-
-def standard_normal_reference(
-    num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
-) -> np.ndarray:
-    """The bits of `standard_normal` by definition, in NumPy."""
-    _check_counter(num_pixels, seed, purpose, image_id, start, stop)
-    word = np.array([image_id | int(purpose) << IMAGE_ID_BITS], dtype=np.uint64)
-    return _normals_of_words(num_pixels, seed, np.repeat(word, stop - start), np.arange(start, stop, dtype=np.uint64))
-
-
-# --- noisy copies ----------------------------------------------------------------------------------
-
-
-def noisy_copies(
-    image: Tensor, *, sigma: float, seed: int, purpose: Purpose, image_id: int, start: int, stop: int, grid: int | None
-) -> Tensor:
-    """Noisy copies start..stop-1 of one image.
-
-    With a `grid` g the image's values are multiples of 1/g, and the noise is rounded to multiples of
-    1/g before it is added. A float sum would be rounded in a way that depends on the image, and a
-    classifier that reads those last bits can be certified falsely (Voráček and Hein, "Sound Randomized
-    Smoothing in Floating-Point Arithmetic", ICLR 2023); rounding noise alone is part of a fixed base
-    classifier, to which the theorem applies with the same sigma for adversarial images on the grid.
-
-    Parameters
-    ----------
-    image : float32 tensor [C, H, W] on [0, 1].
-    sigma : standard deviation in pixel units on [0, 1], above 0.
-    grid : int or None
-        Number of steps from 0 to 1, or None for float noise.
-
-    Returns
-    -------
-    float32 tensor [stop - start, C, H, W] on the CPU; not clipped.
-    """
-    if grid is not None and grid < 1:
-        raise ValueError(f"grid must be a number of steps of at least 1, or None for float noise, got {grid}")
-    counter = dict(seed=seed, purpose=purpose, image_id=image_id, start=start)
-    kernels = _kernels_for(image.numel())
-    if kernels is None or image.dtype != torch.float32:
-        return noisy_copies_reference(image, sigma=sigma, stop=stop, grid=grid, **counter)
-    _check_counter(image.numel(), seed, purpose, image_id, start, stop)
-    out = np.empty((stop - start, image.numel()), dtype=np.float32)
-    kernels.noisy_copies_into(
-        out,
-        image.detach().cpu().reshape(-1).numpy(),
-        scale=noise_scale(sigma, grid),
-        grid=grid or 0,
-        threads=torch.get_num_threads(),
-        **counter,
-    )
-    return torch.from_numpy(out).reshape(stop - start, *image.shape)
-
-
-def noisy_copies_reference(
-    image: Tensor, *, sigma: float, seed: int, purpose: Purpose, image_id: int, start: int, stop: int, grid: int | None
-) -> Tensor:
-    """The bits of `noisy_copies` by definition, in NumPy."""
-    z = standard_normal_reference(image.numel(), seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
-    flat = image.detach().cpu().reshape(1, -1).numpy()
-    if grid is None:
-        noisy = flat + _float32_at_least(sigma) * z
-    else:
-        steps = np.rint(_float32_at_least(sigma * grid) * z)
-        noisy = (np.rint(flat * np.float32(grid)) + steps) / np.float32(grid)
-    return torch.from_numpy(noisy).reshape(stop - start, *image.shape)
-
-
-def _float32_at_least(value: float) -> np.float32:
-    """The noise is never weaker than stated: its scale is rounded up to float32."""
-    rounded = np.float32(value)
-    return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))
-
 
 # --- rows of a batch -------------------------------------------------------------------------------
 
@@ -182,37 +84,11 @@ def noisy_rows(
         is out of range; elsewhere such a row is NaN, which votes for nobody.
     """
     _check_rows(out, images, rows, scale, seed, grid, mean, std)
-    _noisy_rows_by_the_cpu(out, images, rows, scale, seed, grid, mean, std)
-
-
-@noisy_rows.register_kernel("cuda")
-def _noisy_rows_on_cuda(
-    out: Tensor,
-    images: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    seed: int,
-    grid: int,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> None:
-    _check_rows(out, images, rows, scale, seed, grid, mean, std)
-    kernels = _cuda_kernels(out.device)
-    fill = _noisy_rows_by_the_cpu if kernels is None else kernels.noisy_rows_into
-    fill(out, images, rows, scale, seed, grid, mean, std)
+    _fill(out, images, rows, scale, seed, grid, mean, std)
 
 
 @noisy_rows.register_fake
-def _check_rows(
-    out: Tensor,
-    images: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    seed: int,
-    grid: int,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> None:
+def _check_rows(out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
     if out.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"out must be float32 or bfloat16, got {out.dtype}")
     if out.ndim != 4 or not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
@@ -242,163 +118,197 @@ def _check_rows(
         raise ValueError(f"an image must have 1 to {MAX_PIXELS} values, got {math.prod(out.shape[1:])}")
 
 
-def _noisy_rows_by_the_cpu(out, images, rows, scale, seed, grid, mean, std) -> None:
+def _fill(out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
+    """`noisy_rows` for tensors that have been checked, on their device or else on the CPU."""
     if len(out) == 0:
         return
-    tensors = [None if x is None else x.detach().cpu().contiguous() for x in (images, rows, scale, mean, std)]
-    images, rows, scale, mean, std = tensors
+    given = (images, rows, scale, seed, grid, mean, std)
+    if out.device.type == "cuda" and (kernels := _kernels(out.device)) is not None:
+        kernels.noisy_rows_into(out, *given)
+        return
+    images, rows, *_ = given = [x.detach().cpu().contiguous() if isinstance(x, Tensor) else x for x in given]
     low, high = rows.amin(1).tolist(), rows.amax(1).tolist()
     if low[0] < -1 or high[0] >= len(images):
         raise ValueError(f"rows[0] must hold -1 or indices of the {len(images)} images, got {low[0]} to {high[0]}")
     if low[2] < 0 or high[2] >= MAX_SAMPLE:
         raise ValueError(f"rows[2] must hold samples in [0, 2**40), got {low[2]} to {high[2]}")
     host = out if out.device.type == "cpu" else torch.empty_like(out, device="cpu")
-    kernels = _kernels_for(out[0].numel())
-    fill = noisy_rows_reference if kernels is None else functools.partial(_noisy_rows_by_numba, kernels)
-    fill(host, images, rows, scale, seed, grid, mean, std)
+    _fill_on_cpu(out[0].numel())(host, *given)
     if host is not out:
         out.copy_(host)
 
 
-def _noisy_rows_by_numba(kernels: ModuleType, out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
-    channels_last = not out.is_contiguous()
-    memory = (out.permute(0, 2, 3, 1) if channels_last else out).reshape(len(out), -1)  # a view
-    memory = memory.view(torch.int16).numpy().view(np.uint16) if out.dtype == torch.bfloat16 else memory.numpy()
-    kernels.noisy_rows_into(
-        memory,
-        images.reshape(len(images), -1).numpy(),
-        rows.numpy(),
-        scale.numpy(),
-        seed=seed % 2**64,
-        grid=grid,
-        mean=None if mean is None else mean.numpy(),
-        std=None if std is None else std.numpy(),
-        planes=out.shape[1],
-        channels_last=channels_last,
-        threads=torch.get_num_threads(),
-    )
+def _fill_on_cpu(num_pixels: int) -> Callable[..., None]:
+    """`noisy_rows` for images of this size, for tensors on the CPU that have been checked."""
+    return _kernels(CPU).noisy_rows_into if backend(num_pixels) == "numba" else noisy_rows_reference
 
 
-def noisy_rows_reference(
-    out: Tensor,
-    images: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    seed: int,
-    grid: int,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> None:
+def noisy_rows_reference(out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
     """The bits of `noisy_rows` by definition, in NumPy, for tensors on the CPU."""
-    values = np.zeros(out.shape, dtype=np.float32)
-    real = rows[0].numpy() >= 0
+    real = rows.numpy()[0] >= 0
     index, words, samples = rows.numpy()[:, real]
-    z = _normals_of_words(math.prod(out.shape[1:]), seed % 2**64, words.view(np.uint64), samples.view(np.uint64))
-    x, z, scales = images.numpy()[index], z.reshape(-1, *out.shape[1:]), scale.numpy()[real, None, None, None]
-    noisy = x + scales * z
-    if grid:
-        noisy = (np.rint(x * np.float32(grid)) + np.rint(scales * z)) / np.float32(grid)
+    values = np.zeros((len(out), math.prod(out.shape[1:])), dtype=images.numpy().dtype)
+    x, z = images.flatten(1).numpy()[index], normals(values.shape[1], seed % 2**64, words, samples)
+    noise = scale.numpy()[real, None] * z
+    noisy = (np.rint(x * np.float32(grid)) + np.rint(noise)) / np.float32(grid) if grid else x + noise
     if mean is not None:
-        noisy = (noisy - mean.numpy()[:, None, None]) / std.numpy()[:, None, None]
+        mean, std = (m.numpy().repeat(values.shape[1] // len(m)) for m in (mean, std))
+        noisy = (noisy - mean) / std
     values[real] = noisy
-    out.copy_(torch.from_numpy(values))  # to bfloat16: rounded to nearest even
+    out.copy_(torch.from_numpy(values).reshape(out.shape))  # to bfloat16: rounded to nearest even
 
 
 def noise_scale(sigma: float, grid: int | None) -> np.float32:
-    """What `noisy_rows` takes as the scale of a row's noise: sigma (in grid steps), rounded up to float32."""
-    return _float32_at_least(sigma * (grid or 1))
+    """What `noisy_rows` takes as the scale of a row's noise: sigma (in grid steps), rounded up to float32.
+
+    The noise is never weaker than stated.
+    """
+    exact = sigma * (grid or 1)
+    rounded = np.float32(exact)
+    return rounded if float(rounded) >= exact else np.nextafter(rounded, np.float32(np.inf))
 
 
-# --- the road --------------------------------------------------------------------------------------
+# --- rows of one image -----------------------------------------------------------------------------
 
 
+def noisy_copies(
+    image: Tensor, *, sigma: float, seed: int, purpose: Purpose, image_id: int, start: int, stop: int, grid: int | None
+) -> Tensor:
+    """Noisy copies start..stop-1 of one image.
+
+    With a `grid` g the image's values are multiples of 1/g, and the noise is rounded to multiples of
+    1/g before it is added. A float sum would be rounded in a way that depends on the image, and a
+    classifier that reads those last bits can be certified falsely (Voráček and Hein, "Sound Randomized
+    Smoothing in Floating-Point Arithmetic", ICLR 2023); rounding noise alone is part of a fixed base
+    classifier, to which the theorem applies with the same sigma for adversarial images on the grid.
+
+    Parameters
+    ----------
+    image : float32 tensor [C, H, W] on [0, 1]; for float64 the copies are float64.
+    sigma : standard deviation in pixel units on [0, 1], above 0.
+    seed, purpose, image_id, start, stop : the counter, see `smoothkit.kernels.noise`.
+    grid : int or None
+        Number of steps from 0 to 1, or None for float noise.
+
+    Returns
+    -------
+    float32 tensor [stop - start, C, H, W] on the CPU; not clipped.
+
+    Raises
+    ------
+    ValueError
+        If `grid` is below 1, or an argument does not fit into its bits of the counter.
+    """
+    if grid is not None and grid < 1:
+        raise ValueError(f"grid must be a number of steps of at least 1, or None for float noise, got {grid}")
+    pixels = image.detach().cpu().reshape(-1).numpy()
+    rows = rows_of_one_image(pixels.size, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
+    return _copies(pixels, rows, noise_scale(sigma, grid), seed, grid or 0).reshape(stop - start, *image.shape)
+
+
+def standard_normal(
+    num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
+) -> np.ndarray:
+    """Standard normals for samples start..stop-1 of one image.
+
+    Returns
+    -------
+    float32 array [stop - start, num_pixels]; entry (i, p) depends only on (seed, purpose, image_id, start + i, p).
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit into its bits of the counter.
+    """
+    rows = rows_of_one_image(num_pixels, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
+    # 0 + 1 z has the bits of z, as no normal is a zero: neither a radius nor a sine is
+    return _copies(np.zeros(num_pixels, dtype=np.float32), rows, 1.0, seed, 0).reshape(-1, num_pixels).numpy()
+
+
+def standard_normal_reference(
+    num_pixels: int, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
+) -> np.ndarray:
+    """The bits of `standard_normal` by definition, in NumPy."""
+    rows = rows_of_one_image(num_pixels, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
+    return normals(num_pixels, seed, rows[1], rows[2])
+
+
+def _copies(pixels: np.ndarray, rows: np.ndarray, scale: float, seed: int, grid: int) -> Tensor:
+    """Noisy copies [n, 1, 1, P] of one image's values [P]; float32, or float64 where NumPy adds them so."""
+    pixels = np.ascontiguousarray(pixels, dtype=np.result_type(pixels.dtype, np.float32)).reshape(1, 1, 1, -1)
+    out = np.empty((rows.shape[1], *pixels.shape[1:]), dtype=pixels.dtype)
+    scales = np.full(len(out), scale, dtype=np.float32)
+    out, pixels, rows, scales = map(torch.from_numpy, (out, pixels, rows, scales))
+    fill = _fill_on_cpu(pixels.numel()) if pixels.dtype == torch.float32 else noisy_rows_reference
+    fill(out, pixels, rows, scales, int(seed), grid)
+    return out
+
+
+# --- backends --------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
 # Loading numba takes seconds; below this size the noise is a small share of any forward pass. See `load_kernels`.
 KERNEL_PIXELS = 1024
 
 
-def road(num_pixels: int = 3 * 32 * 32, device: str | torch.device = "cpu") -> str:
+def backend(num_pixels: int = 3 * 32 * 32, device: str | torch.device = "cpu") -> str:
     """What makes the noise of images of this size, "numba", "numpy" or (on a CUDA device) "triton"; same bits."""
-    if torch.device(device).type == "cuda" and _cuda_kernels(torch.device(device)) is not None:
+    device = torch.device(device)
+    if device.type == "cuda" and _kernels(device) is not None:
         return "triton"
-    return "numba" if _kernels_for(num_pixels) is not None else "numpy"
+    return "numba" if num_pixels >= KERNEL_PIXELS and _kernels(CPU) is not None else "numpy"
 
 
 def load_kernels() -> None:
-    """Use the compiled kernel for small images too, from now on: worth its seconds of loading to a long run."""
+    """Use numba's kernel for small images too, from now on: worth its seconds of loading to a long run."""
     global KERNEL_PIXELS
     KERNEL_PIXELS = 1
 
 
-def _kernels_for(num_pixels: int) -> ModuleType | None:
-    return _kernels() if num_pixels >= KERNEL_PIXELS else None
-
-
-def _kernels_wanted() -> bool:
+def kernels_wanted() -> bool:
+    """Whether SMOOTHKIT_NO_KERNELS is unset, empty or 0."""
     return os.environ.get("SMOOTHKIT_NO_KERNELS", "0") in ("", "0")
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """The compiled kernels; None without numba, or where SMOOTHKIT_NO_KERNELS is set to anything but 0."""
-    if not _kernels_wanted():
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels for a device, numba's or Triton's; None where they are unwanted, missing or not right.
+
+    A user is told once, except that a machine without numba is nothing to speak of.
+    """
+    if not kernels_wanted():
         return None
-    try:
-        from smoothkit.kernels import noise_numba
-
-        if _same_bits(noise_numba):
-            return noise_numba
-        problem = "gives other bits on this machine; please report it"
-    except ModuleNotFoundError:
-        return None
-    except Exception as error:
-        problem = f"does not work here: {error}"
-    warnings.warn(f"the noise is made by NumPy, since the kernel compiled by numba {problem}", stacklevel=4)
-    return None
-
-
-@functools.cache
-def _cuda_kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernel; None where it is missing, unwanted or not right on this device, which is said once."""
-    if not _kernels_wanted():
-        return None
-    try:
-        from smoothkit.kernels import noise_triton
-
-        if _same_rows(noise_triton.noisy_rows_into, device):
-            return noise_triton
-        problem = "the Triton kernel gives other bits there; please report it"
+    by, instead = ("Triton", f"on the CPU and copied to {device}") if device.type == "cuda" else ("numba", "by NumPy")
+    try:  # loading takes seconds, and either library may be missing
+        if by == "Triton":
+            from smoothkit.kernels import noise_triton as kernels
+        else:
+            from smoothkit.kernels import noise_numba as kernels
+        if _same_rows(kernels.noisy_rows_into, device):
+            return kernels
+        problem = f"the {by} kernel gives other bits there; please report it"
     except ModuleNotFoundError as error:
+        if by == "numba":
+            return None
         problem = f"{error.name} is not installed"
     except Exception as error:
-        problem = f"the Triton kernel does not work there: {error}"
-    warnings.warn(f"the noise is made on the CPU and copied to {device}, since {problem}", stacklevel=4)
+        problem = f"the {by} kernel does not work there: {error}"
+    warnings.warn(f"the noise is made {instead}, since {problem}", stacklevel=4)
     return None
-
-
-def _same_bits(kernels: ModuleType) -> bool:
-    """Whether the bits of the kernels compiled by numba are the reference's, on some thousand values.
-
-    A compiler that fuses multiplications with additions changes about one normal in a hundred.
-    """
-    n, num_pixels = 64, 67
-    counter = dict(seed=2**63 + 1, purpose=Purpose.PILOT, image_id=2**55 + 1, start=2**33)
-    expected = standard_normal_reference(num_pixels, stop=2**33 + n, **counter)
-    made = np.full((n, num_pixels), np.nan, dtype=np.float32)
-    kernels.standard_normal_into(made, **counter)
-    same_normals = np.array_equal(made.view(np.uint32), expected.view(np.uint32))
-    return same_normals and _same_rows(functools.partial(_noisy_rows_by_numba, kernels), torch.device("cpu"))
 
 
 def _same_rows(fill: Callable[..., None], device: torch.device) -> bool:
-    """Whether `fill`, called as `noisy_rows`, gives the reference's bits on a batch of each type."""
-    n, images = 64, torch.linspace(0, 1, 2 * 105).reshape(2, 3, 5, 7)
+    """Whether `fill`, called as `noisy_rows`, gives the reference's bits on some thousand values of each type.
+
+    A compiler that fuses multiplications with additions changes about one normal in a hundred. The first image is
+    black and its rows have scale 1, so that among the values are the normals themselves.
+    """
+    n, images = 120, torch.linspace(0, 1, 2 * 105).reshape(2, 3, 5, 7)
+    images[0] = 0
     word = counter_word(Purpose.PILOT, 2**55 + 1)
     rows = torch.tensor([[i % 3 - 1, word + i % 2, 2**33 + i] for i in range(n)]).T.contiguous()
-    scale, mean, std = (
-        torch.linspace(0.1, 80, n),
-        torch.tensor([0.485, 0.456, 0.406]),
-        torch.tensor([0.229, 0.224, 0.225]),
-    )
+    scale = torch.linspace(0.1, 80, n).where(rows[0] != 0, 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for dtype, layout, settings in (
         (torch.float32, torch.contiguous_format, (signed_bits(2**63 + 1), 0)),
         (torch.bfloat16, torch.channels_last, (7, 255, mean, std)),

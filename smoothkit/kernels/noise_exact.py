@@ -38,8 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smoothkit.kernels import philox
-from smoothkit.kernels.philox import Purpose
+from smoothkit.kernels.philox import Purpose, random_words, rows_of_one_image
 from smoothkit.types import check_sigma
 
 # --- thresholds --------------------------------------------------------------------------------------
@@ -214,23 +213,16 @@ def exact_steps(
     num_pixels: int, table: Thresholds, *, seed: int, purpose: Purpose, image_id: int, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Integer noise of samples start..stop-1 and which of it is uncertain: int32 and bool, [stop - start, num_pixels]."""
-    philox._check_counter(num_pixels, seed, purpose, image_id, start, stop)
+    rows = rows_of_one_image(num_pixels, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
     if num_pixels > MAX_PIXELS:
         raise ValueError(f"an image must have at most {MAX_PIXELS:,} values for exact noise, got {num_pixels:,}")
-    blocks = np.arange(-(-num_pixels // 2))
-    made = np.empty((stop - start, len(blocks), 2), dtype=np.int32)
+    blocks = -(-num_pixels // 2)
+    made = np.empty((stop - start, blocks, 2), dtype=np.int32)
     uncertain = np.empty(made.shape, dtype=bool)
-    rows = max(1, 16_384 // len(blocks))  # a working set that stays in the cache
-    for low in range(0, stop - start, rows):
-        samples = np.arange(start + low, min(start + low + rows, stop))
-        words = philox.philox4x32(
-            philox._counter(int(purpose), image_id, samples, blocks), (seed & 0xFFFFFFFF, seed >> 32)
-        )
-        w0, w1, w2, w3 = (w.astype(np.uint32) for w in words)
-        chunk = slice(low, low + len(samples))
-        made[chunk, :, 0], uncertain[chunk, :, 0] = steps(w0, w1, table)
-        made[chunk, :, 1], uncertain[chunk, :, 1] = steps(w2, w3, table)
-    flat = stop - start, 2 * len(blocks)
+    for piece, (w0, w1, w2, w3) in random_words(seed, rows[1], rows[2], blocks):
+        made[piece, :, 0], uncertain[piece, :, 0] = steps(w0, w1, table)
+        made[piece, :, 1], uncertain[piece, :, 1] = steps(w2, w3, table)
+    flat = stop - start, 2 * blocks
     return made.reshape(flat)[:, :num_pixels], uncertain.reshape(flat)[:, :num_pixels]
 
 

@@ -1,9 +1,8 @@
 """The noise of `smoothkit.kernels.noise` on a CPU, compiled by numba: the same bits, sooner.
 
-`smoothkit.kernels.noise` explains the format and is the reference. Here a loop over pixel blocks holds the
-whole recipe, so that the compiler turns sixteen (or eight, or four) blocks at a time into vector
-instructions. Every float operation is float32 and rounded once: `fastmath` stays off, as it would
-fuse a multiplication with an addition.
+A loop over pixel blocks holds the whole recipe, so that the compiler turns sixteen (or eight, or four) blocks
+at a time into vector instructions. Every float operation is float32 and rounded once: `fastmath` stays off, as it
+would fuse a multiplication with an addition.
 
 Rows are shared out over plain Python threads that release the interpreter lock. Numba's own parallel
 loops would end a process that forks after the first of them (GNU OpenMP), or one that calls them from
@@ -16,59 +15,45 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
-from llvmlite import ir
-from numba import boolean, float32, int64, njit, types, uint16, uint64, void
-from numba.extending import intrinsic
+import torch
+from numba import boolean, config, float32, int64, njit, types, uint16, uint64, void
+
+from smoothkit.kernels.philox import (
+    COS_COEFFICIENTS,
+    KEY_STEPS,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG_COEFFICIENTS,
+    LOW,
+    MULTIPLIERS,
+    NEAR_ONE,
+    SHIFT,
+    SIN_COEFFICIENTS,
+    SQRT_HALF_BITS,
+    TURN,
+    TWO_TO_MINUS_32,
+)
 
 PIECE = 2**18  # values a thread takes at a time; with less than that for each, one thread is sooner done
-
-# as in smoothkit.kernels.philox, highest power first
-LOG_COEFFICIENTS = (
-    0.0697161183, -0.114797339, 0.116854198, -0.124256872, 0.142490581,
-    -0.166678026, 0.200007156, -0.24999997, 0.333333313,
-)  # fmt: skip
-COS_COEFFICIENTS = (2.45479423e-05, -0.00138883025, 0.0416666642)
-SIN_COEFFICIENTS = (-0.000195878907, 0.00833274797, -0.166666642)
-
-# float32 one by one: a Python float in an expression would make it float64
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in LOG_COEFFICIENTS)
-_C0, _C1, _C2 = (np.float32(c) for c in COS_COEFFICIENTS)
-_S0, _S1, _S2 = (np.float32(c) for c in SIN_COEFFICIENTS)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
-_TWO_TO_MINUS_32, _TURN = np.float32(2.0**-32), np.float32(2 * np.pi * 2.0**-32)
-_SQRT_HALF_BITS = np.int32(0x3F3504F3)
-_NEAR_ONE = np.uint32(0xB504F334)
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_KEY_STEP_0, _KEY_STEP_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_NOTHING = np.zeros(0, dtype=np.float32)
 TILE = 4096  # values worked on at a time: with the image and the output they stay in the cache
 
-
-@intrinsic
-def _bits_of(typing_context, x):
-    """The bits of a float32 as int32."""
-    return types.int32(types.float32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], ir.IntType(32)
-    )
-
-
-@intrinsic
-def _float_of(typing_context, bits):
-    """The float32 that has these int32 bits."""
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], ir.FloatType()
-    )
+# Numba compiles constants in, each of the type it has here: a Python float would make an expression float64. Its cache
+# does not see changes of philox.py; `noise` compares the bits of whatever was loaded.
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = LOG_COEFFICIENTS
+_C0, _C1, _C2 = COS_COEFFICIENTS
+_S0, _S1, _S2 = SIN_COEFFICIENTS
+_MULTIPLIER_0, _MULTIPLIER_1 = MULTIPLIERS
+_KEY_STEP_0, _KEY_STEP_1 = KEY_STEPS
+_ZERO, _HALF, _ONE, _TWO = map(np.float32, (0, 0.5, 1, 2))
 
 
 @njit(forceinline=True)
 def _philox4x32(c0, c1, c2, c3, k0, k1):
     # 64-bit lanes, of which the lower halves count
     for _ in range(10):
-        product0, product1 = _MULTIPLIER_0 * (c0 & _LOW), _MULTIPLIER_1 * (c2 & _LOW)
-        c0, c1, c2, c3 = (product1 >> _SHIFT) ^ c1 ^ k0, product1, (product0 >> _SHIFT) ^ c3 ^ k1, product0
-        k0, k1 = (k0 + _KEY_STEP_0) & _LOW, (k1 + _KEY_STEP_1) & _LOW
+        product0, product1 = _MULTIPLIER_0 * (c0 & LOW), _MULTIPLIER_1 * (c2 & LOW)
+        c0, c1, c2, c3 = (product1 >> SHIFT) ^ c1 ^ k0, product1, (product0 >> SHIFT) ^ c3 ^ k1, product0
+        k0, k1 = (k0 + _KEY_STEP_0) & LOW, (k1 + _KEY_STEP_1) & LOW
     return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
@@ -76,22 +61,22 @@ def _philox4x32(c0, c1, c2, c3, k0, k1):
 @njit(forceinline=True)
 def _box_muller(radius_word, angle_word):
     # -ln u
-    bits = _bits_of(np.float32(radius_word) + _HALF)
-    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> np.int32(23))
-    mantissa = _float_of(np.int32(bits - np.int32(exponent << np.int32(23))))
-    near_one = radius_word >= _NEAR_ONE
-    f_near = -((np.float32(np.uint32(~radius_word)) + _HALF) * _TWO_TO_MINUS_32)
+    bits = np.float32(np.float32(radius_word) + _HALF).view(np.int32)
+    exponent = np.int32(np.int32(bits - SQRT_HALF_BITS) >> np.int32(23))
+    mantissa = np.int32(bits - np.int32(exponent << np.int32(23))).view(np.float32)
+    near_one = radius_word >= NEAR_ONE
+    f_near = -((np.float32(np.uint32(~radius_word)) + _HALF) * TWO_TO_MINUS_32)
     f = f_near if near_one else mantissa - _ONE
     k = _ZERO if near_one else np.float32(np.int32(exponent - np.int32(32)))
     square = f * f
     p = ((((((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5) * f + _L6) * f + _L7) * f) + _L8
     log1p = f - (_HALF * square - square * f * p)
-    minus_log = -(k * _LN2_HIGH) - (k * _LN2_LOW + log1p)
+    minus_log = -(k * LN2_HIGH) - (k * LN2_LOW + log1p)
     radius = math.sqrt(_TWO * minus_log)
     # cosine and sine of the turn
     quadrant = np.uint32(np.uint32(angle_word + np.uint32(1 << 29)) >> np.uint32(30))
     remainder = np.int32(np.uint32(angle_word - np.uint32(quadrant << np.uint32(30))))
-    t = (np.float32(remainder) + _HALF) * _TURN
+    t = (np.float32(remainder) + _HALF) * TURN
     square = t * t
     cos = _ONE - (_HALF * square - square * square * ((_C0 * square + _C1) * square + _C2))
     sin = t + t * square * ((_S0 * square + _S1) * square + _S2)
@@ -131,22 +116,16 @@ def _normals(out, block, sample, image_low, image_high, k0, k1):
 @njit(forceinline=True)
 def _bfloat16_bits(value):
     """A float32 rounded to the nearest bfloat16, ties to even; any NaN becomes torch's."""
-    bits = np.uint32(_bits_of(value))
+    bits = np.float32(value).view(np.uint32)
     odd = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
     rounded = np.uint16(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
     return rounded if value == value else np.uint16(0x7FC0)
 
 
-def _standard_normals(out, low, high, start, image_low, image_high, k0, k1):
-    """Rows low..high-1 of `out`: plain normals."""
-    for i in range(low, high):
-        _normals(out[i], np.uint64(0), start + np.uint64(i), image_low, image_high, k0, k1)
-
-
 def _noisy_rows(
     out, halves, images, indices, words, samples, scales, low, high, grid, mean, std, planes, last, tile, k0, k1
 ):
-    """Rows low..high-1 of `out`, or of `halves` if that has columns: what `noisy_rows_into` says."""
+    """Rows low..high-1 of `out`, or of `halves` if that has columns: what `noisy_rows` says."""
     plane = images.shape[1] // planes
     width = min(plane, max(4, tile // planes // 4 * 4))
     scratch = np.empty(width + 4, dtype=np.float32)  # a piece of one plane, near enough to stay in the L1 cache
@@ -156,15 +135,17 @@ def _noisy_rows(
             halves[i, :] = np.uint16(0)
             continue
         image, scale = images[indices[i]], scales[i]
-        image_low, image_high = words[i] & _LOW, words[i] >> _SHIFT
+        image_low, image_high = words[i] & LOW, words[i] >> SHIFT
         for begin in range(0, plane, width):
             n = min(width, plane - begin)
             # all planes of a piece in turn: interleaved, they fill the same cache lines
             for c in range(planes):
                 first = c * plane + begin
                 extra = first % 4  # pixel blocks count from the image's first value, whatever the piece
-                _normals(scratch[: extra + n], np.uint64(first // 4), samples[i], image_low, image_high, k0, k1)
-                v, x = scratch[extra : extra + n], image[first : first + n]
+                straight = not (last or halves.shape[1] or extra)
+                v = out[i, first : first + n] if straight else scratch[: extra + n]
+                _normals(v, np.uint64(first // 4), samples[i], image_low, image_high, k0, k1)
+                v, x = v[extra:], image[first : first + n]
                 if grid == _ZERO:
                     for j in range(n):
                         v[j] = x[j] + scale * v[j]
@@ -189,13 +170,17 @@ def _noisy_rows(
                     o = out[i, begin * planes + c :: planes]
                     for j in range(n):
                         o[j] = v[j]
-                else:
+                elif not straight:
                     o = out[i, first : first + n]
                     for j in range(n):
                         o[j] = v[j]
 
 
-def _compiled(function, signature):
+if config.DISABLE_JIT:
+    raise RuntimeError("NUMBA_DISABLE_JIT is set, and not compiled this is slower than NumPy")
+
+
+def _compiled(function: Callable, signature: types.Type) -> Callable:
     """Compiled on import, or read from numba's cache: beside the module, else in the user's cache folder."""
     options = dict(nogil=True, fastmath=False, error_model="numpy")
     try:
@@ -204,9 +189,6 @@ def _compiled(function, signature):
         return njit(signature, **options)(function)
 
 
-_fill_normals = _compiled(
-    _standard_normals, void(float32[:, ::1], int64, int64, uint64, uint64, uint64, uint64, uint64)
-)
 _fill_rows = _compiled(
     _noisy_rows,
     void(
@@ -215,6 +197,29 @@ _fill_rows = _compiled(
         *(float32, float32[::1], float32[::1], int64, boolean, int64, uint64, uint64),
     ),
 )
+
+
+def noisy_rows_into(out, images, rows, scale, seed, grid, mean=None, std=None, *, threads=None, tile=TILE) -> None:
+    """Fill `out` as `smoothkit.kernels.noise.noisy_rows` says, which has checked the tensors; they lie on the CPU.
+
+    The work is shared by so many threads, by default as many as PyTorch has; each makes some `tile` values at a time.
+    """
+    n, num_planes, num_pixels = *out.shape[:2], math.prod(out.shape[1:])
+    channels_last = not out.is_contiguous()
+    memory = (out.permute(0, 2, 3, 1) if channels_last else out).view(n, num_pixels)
+    floats, halves = np.empty((n, 0), dtype=np.float32), np.empty((n, 0), dtype=np.uint16)
+    if out.dtype == torch.bfloat16:
+        halves = memory.view(torch.int16).numpy().view(np.uint16)
+    else:
+        floats = memory.numpy()
+    rows = rows.numpy()
+    what = (images.view(len(images), num_pixels).numpy(), rows[0], *rows[1:].view(np.uint64), scale.numpy())
+    norm = np.empty((2, 0), dtype=np.float32) if mean is None else (mean.numpy(), std.numpy())
+    seed %= 2**64
+    key = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    how = (np.float32(grid), *norm, num_planes, channels_last, tile, *key)
+    threads = torch.get_num_threads() if threads is None else threads
+    _in_pieces(lambda low, high: _fill_rows(floats, halves, *what, low, high, *how), n, num_pixels, threads)
 
 
 def _in_pieces(fill: Callable[[int, int], None], n: int, num_pixels: int, threads: int) -> None:
@@ -238,94 +243,3 @@ def _in_pieces(fill: Callable[[int, int], None], n: int, num_pixels: int, thread
     work()
     for thread in others:
         thread.join()
-
-
-def _key(seed: int) -> tuple[np.uint64, np.uint64]:
-    return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-
-
-def standard_normal_into(
-    out: np.ndarray, *, seed: int, purpose: int, image_id: int, start: int, threads: int = 1
-) -> None:
-    """Fill `out`, float32 [n, num_pixels], with the normals of samples start..start+n-1.
-
-    The arguments must fit their bits of the counter, as `smoothkit.kernels.noise.standard_normal` checks.
-    """
-    words = (start, image_id & 0xFFFFFFFF, image_id >> 32 | int(purpose) << 24)
-    counter = (*map(np.uint64, words), *_key(seed))
-    _in_pieces(lambda low, high: _fill_normals(out, low, high, *counter), *out.shape, threads)
-
-
-def noisy_copies_into(
-    out: np.ndarray,
-    image: np.ndarray,
-    *,
-    scale: np.float32,
-    grid: int,
-    seed: int,
-    purpose: int,
-    image_id: int,
-    start: int,
-    threads: int = 1,
-) -> None:
-    """Fill `out`, float32 [n, num_pixels], with noisy copies of `image`, float32 [num_pixels].
-
-    With normals z: image + scale z if `grid` is 0, else (rint(image grid) + rint(scale z)) / grid, in float32.
-    """
-    n = len(out)
-    rows = np.zeros((3, n), dtype=np.uint64)
-    rows[1] = image_id | int(purpose) << 56
-    rows[2] = np.arange(start, start + n, dtype=np.uint64)
-    image = np.ascontiguousarray(image)[None]
-    noisy_rows_into(
-        out, image, rows.view(np.int64), np.full(n, scale, np.float32), seed=seed, grid=grid, threads=threads
-    )
-
-
-def noisy_rows_into(
-    out: np.ndarray,
-    images: np.ndarray,
-    rows: np.ndarray,
-    scale: np.ndarray,
-    *,
-    seed: int,
-    grid: int,
-    mean: np.ndarray | None = None,
-    std: np.ndarray | None = None,
-    planes: int = 1,
-    channels_last: bool = False,
-    threads: int = 1,
-    tile: int = TILE,
-) -> None:
-    """Fill `out` [B, num_pixels] with noisy copies of rows of `images`, float32 [M, num_pixels].
-
-    The values are those of `smoothkit.kernels.noise.noisy_rows`, which also says what `rows` int64 [3, B], `scale`,
-    `mean` and `std` float32 hold, and has checked them. `out` is float32, or uint16 for the bits of bfloat16; with
-    `channels_last` the `planes` values of a pixel lie side by side in it. About `tile` values are made at a time.
-    """
-    n, num_pixels = out.shape
-    if images.shape[1] != num_pixels:
-        raise ValueError(f"image must have {num_pixels} values, one for each column of out, got {images.shape[1]}")
-    if num_pixels % planes:
-        raise ValueError(f"planes must divide the {num_pixels} values of an image, got {planes}")
-    rows = np.ascontiguousarray(rows)
-    others = np.empty((n, 0), dtype=np.uint16 if out.dtype == np.float32 else np.float32)
-    outs = (out, others) if out.dtype == np.float32 else (others, out)
-    what = (images, rows[0], rows[1].view(np.uint64), rows[2].view(np.uint64), np.ascontiguousarray(scale))
-    norm = (_NOTHING, _NOTHING) if mean is None else (mean, std)
-    how = (np.float32(grid), *norm, planes, channels_last, tile, *_key(seed))
-    _in_pieces(lambda low, high: _fill_rows(*outs, *what, low, high, *how), n, num_pixels, threads)
-
-
-@njit(error_model="numpy")
-def box_muller_into(z0, z1, radius_words, angle_words):
-    """Two normals from each pair of uint32 words, for tests; compiled when called."""
-    for i in range(len(z0)):
-        z0[i], z1[i] = _box_muller(radius_words[i], angle_words[i])
-
-
-@njit(error_model="numpy")
-def bfloat16_bits_into(out, values):
-    """The bits of float32 values rounded to bfloat16, for tests; compiled when called."""
-    for i in range(len(values)):
-        out[i] = _bfloat16_bits(values[i])

@@ -1,33 +1,28 @@
 """The noise of `smoothkit.kernels.noise` on a CUDA device, by Triton: the same bits, written where the model reads them.
 
-`smoothkit.kernels.noise` explains the format and is the reference. Every float operation is rounded once: multiplications
-are not fused with additions (`enable_fp_fusion=False` at the launch), square roots and divisions are the exact
-ones, and what a GPU's instructions or Triton's interpreter would round otherwise (to an integer, to bfloat16) is
-done on the bits.
+Every float operation is rounded once: multiplications are not fused with additions (`enable_fp_fusion=False` at the
+launch), square roots and divisions are the exact ones, and what a GPU's instructions or Triton's interpreter would
+round otherwise (to an integer, to bfloat16) is done on the bits.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from smoothkit.kernels import philox
 
 BLOCKS = 256  # pixel blocks, of four values each, that one program makes
 WARPS = 4
 
-# as in smoothkit.kernels.philox, highest power first; a program reads them as constants
-LOG_COEFFICIENTS = (
-    0.0697161183, -0.114797339, 0.116854198, -0.124256872, 0.142490581,
-    -0.166678026, 0.200007156, -0.24999997, 0.333333313,
-)  # fmt: skip
-COS_COEFFICIENTS = (2.45479423e-05, -0.00138883025, 0.0416666642)
-SIN_COEFFICIENTS = (-0.000195878907, 0.00833274797, -0.166666642)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c) for c in LOG_COEFFICIENTS)
-_C0, _C1, _C2 = (tl.constexpr(c) for c in COS_COEFFICIENTS)
-_S0, _S1, _S2 = (tl.constexpr(c) for c in SIN_COEFFICIENTS)
-_LN2_HIGH, _LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
-_TWO_TO_MINUS_32, _TURN = tl.constexpr(2.0**-32), tl.constexpr(2 * 3.141592653589793 * 2.0**-32)
-_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-_NEAR_ONE = tl.constexpr(0xB504F334)
+# a program reads constants only if they are marked as such
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c.item()) for c in philox.LOG_COEFFICIENTS)
+_C0, _C1, _C2 = (tl.constexpr(c.item()) for c in philox.COS_COEFFICIENTS)
+_S0, _S1, _S2 = (tl.constexpr(c.item()) for c in philox.SIN_COEFFICIENTS)
+_LN2_HIGH, _LN2_LOW = tl.constexpr(philox.LN2_HIGH.item()), tl.constexpr(philox.LN2_LOW.item())
+_TWO_TO_MINUS_32, _TURN = tl.constexpr(philox.TWO_TO_MINUS_32.item()), tl.constexpr(philox.TURN.item())
+_SQRT_HALF_BITS = tl.constexpr(philox.SQRT_HALF_BITS.item())
+_NEAR_ONE = tl.constexpr(philox.NEAR_ONE.item())
+_MAX_SAMPLE = tl.constexpr(philox.MAX_SAMPLE)
 _INTEGERS = tl.constexpr(2.0**23)  # float32 values from here on are integers
 
 
@@ -108,7 +103,7 @@ def _noisy_rows_kernel(
     word = tl.load(rows_ptr + batch + row)
     sample = tl.load(rows_ptr + 2 * batch + row)
     scale = tl.load(scale_ptr + row)
-    valid = (image >= 0) & (image < num_images) & (sample >= 0) & (sample < 1099511627776)  # 2**40
+    valid = (image >= 0) & (image < num_images) & (sample >= 0) & (sample < _MAX_SAMPLE)
 
     low = block.to(tl.uint32) | ((sample & 0xFF) << 24).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, (sample >> 8).to(tl.uint32), word.to(tl.uint32), (word >> 32).to(tl.uint32))
@@ -142,16 +137,7 @@ def _noisy_rows_kernel(
         tl.store(out_ptr + row * NUM_PIXELS + offset, value, mask=inside)
 
 
-def noisy_rows_into(
-    out: Tensor,
-    images: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    seed: int,
-    grid: int,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> None:
+def noisy_rows_into(out, images, rows, scale, seed, grid, mean=None, std=None) -> None:
     """Fill `out` as `smoothkit.kernels.noise.noisy_rows` says, which has checked the arguments; waits for nothing."""
     batch, channels, height, width = out.shape
     num_pixels, plane = channels * height * width, height * width

@@ -4,13 +4,14 @@ The reference defines the corner cases: ties go to the lowest class, and a row w
 """
 
 import functools
-import os
 import warnings
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from smoothkit.kernels.noise import kernels_wanted
 
 
 def count_votes_reference(logits: Tensor) -> Tensor:
@@ -44,17 +45,14 @@ def add_votes(counts: Tensor, logits: Tensor, slots: Tensor) -> None:
         elsewhere such a row votes for nobody.
     """
     _check_votes(counts, logits, slots)
-    by = _add_votes_by_numpy if counts.device.type == "cpu" else _add_votes_by_torch
-    by(counts, logits, slots)
-
-
-@add_votes.register_kernel("cuda")
-def _add_votes_on_cuda(counts: Tensor, logits: Tensor, slots: Tensor) -> None:
-    _check_votes(counts, logits, slots)
-    kernels = _cuda_kernels()
     # the kernel compares in float32, which would make ties of different float64 logits
-    by_torch = kernels is None or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    (_add_votes_by_torch if by_torch else kernels.add_votes_into)(counts, logits, slots)
+    by_kernel = counts.device.type == "cuda" and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if by_kernel and (kernels := _cuda_kernels()) is not None:
+        kernels.add_votes_into(counts, logits, slots)
+    elif counts.device.type == "cpu":
+        _add_votes_by_numpy(counts, logits, slots)
+    else:
+        _add_votes_by_torch(counts, logits, slots)
 
 
 @add_votes.register_fake
@@ -104,9 +102,9 @@ def _add_votes_by_torch(counts: Tensor, logits: Tensor, slots: Tensor) -> None:
 @functools.cache
 def _cuda_kernels() -> ModuleType | None:
     """The Triton kernel; None without Triton, which is said once, or where SMOOTHKIT_NO_KERNELS is set."""
-    if os.environ.get("SMOOTHKIT_NO_KERNELS", "0") not in ("", "0"):
+    if not kernels_wanted():
         return None
-    try:
+    try:  # for CUDA devices only
         from smoothkit.kernels import votes_triton
 
         return votes_triton

@@ -41,15 +41,17 @@ def test_philox_known_answers(counter, key, words):
 def test_counter_layout():
     """block 24 bits, sample 40, image 56, purpose 8, from the lowest bit of the 128-bit counter."""
     block, sample, image, purpose = 0xABCDEF, 0x12_3456_789A, 0xFE_DCBA_9876_5432, 0x5A
-    words = philox._counter(purpose, image, np.array([sample]), np.array([block]))
+    word = np.array([philox.counter_word(purpose, image)])
+    words = philox._counter(word, np.array([sample]), np.array([block]))
     value = sum(int(np.asarray(w).ravel()[0]) << 32 * i for i, w in enumerate(words))
     assert value == block | sample << 24 | image << 64 | purpose << 120
 
 
 def test_standard_normal_is_box_muller_of_the_counter():
     z = draw(num_pixels=10, seed=2**63 + 7, purpose=Purpose.SELECT, image_id=2**55 + 3, start=2**33, stop=2**33 + 1)[0]
+    word = np.array([philox.counter_word(Purpose.SELECT, 2**55 + 3)])
     for pixel in range(10):
-        counter = philox._counter(Purpose.SELECT, 2**55 + 3, np.array([2**33]), np.array([pixel // 4]))
+        counter = philox._counter(word, np.array([2**33]), np.array([pixel // 4]))
         words = [w.astype(np.uint32) for w in philox.philox4x32(counter, (7, 2**31))]
         pair = philox.box_muller(words[pixel % 4 // 2 * 2], words[pixel % 4 // 2 * 2 + 1])
         assert z[pixel] == pair[pixel % 2].item()
@@ -140,6 +142,37 @@ def test_bits_are_fixed_for_ever():
     assert [f"{b:08x}" for b in z.view(np.uint32)] == BITS
 
 
+def copies_by_hand(image: torch.Tensor, *, sigma: float, grid: int | None, **counter) -> torch.Tensor:
+    """What `noisy_copies` should make: the formula on the reference's normals, in the arithmetic of NumPy."""
+    z, x = noise.standard_normal_reference(image.numel(), **counter), image.reshape(1, -1).numpy()
+    noisy = noise.noise_scale(sigma, grid) * z
+    noisy = x + noisy if grid is None else (np.rint(x * np.float32(grid)) + np.rint(noisy)) / np.float32(grid)
+    return torch.from_numpy(noisy).reshape(len(z), *image.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "uint8", "int64"])
+@pytest.mark.parametrize("num_pixels", [27, 1200])
+def test_images_of_other_types(num_pixels, dtype):
+    """Where NumPy adds float32 noise to them as float64, the copies are float64."""
+    image = (torch.rand(3, num_pixels // 3, 1) * 3).to(getattr(torch, dtype))
+    for grid in (None, 255):
+        settings = dict(sigma=0.25, grid=grid, seed=1, purpose=Purpose.TRAIN, image_id=1, start=0, stop=8)
+        noisy = noise.noisy_copies(image, **settings)
+        assert noisy.dtype == (torch.float64 if dtype in ("float64", "int64") else torch.float32)
+        assert torch.equal(noisy, copies_by_hand(image, **settings))
+
+
+def test_images_in_any_layout():
+    settings = dict(sigma=0.25, grid=None, seed=1, purpose=Purpose.TRAIN, image_id=1, start=0, stop=8)
+    for shape in ((3, 5, 4), (3, 25, 20)):
+        for image in (
+            torch.rand(shape).transpose(1, 2),
+            torch.full((1, 1, 1), 0.3).expand(shape),
+            torch.rand(shape[1:]),
+        ):
+            assert torch.equal(noise.noisy_copies(image, **settings), copies_by_hand(image, **settings))
+
+
 @pytest.mark.parametrize("grid", [255, 256])
 def test_grid_noise_does_not_depend_on_the_image(grid):
     """On the grid, adding noise to two images gives the same integer steps: nothing of the image leaks."""
@@ -164,8 +197,9 @@ def test_float_noise_is_sigma_times_normals():
 
 def test_scale_is_never_below_sigma():
     for sigma in (0.1, 0.12, 0.25, 1 / 3, 0.7):
-        assert float(noise._float32_at_least(sigma)) >= sigma
-        assert float(noise._float32_at_least(sigma)) - sigma <= 1.2e-7 * sigma
+        assert float(noise.noise_scale(sigma, None)) >= sigma
+        assert float(noise.noise_scale(sigma, None)) - sigma <= 1.2e-7 * sigma
+        assert 0 <= float(noise.noise_scale(sigma, 255)) - sigma * 255 <= 1.2e-7 * sigma * 255
 
 
 @pytest.mark.parametrize(
@@ -348,7 +382,7 @@ def test_without_triton_the_cpu_makes_the_noise_of_a_cuda_device():
         "import sys\nsys.modules['triton'] = None\n"
         "import torch\nfrom smoothkit.kernels import noise\n"
         "device = torch.device('cuda', 0)\n"
-        "print(noise._cuda_kernels(device), noise._cuda_kernels(device), noise.road(3072, device))\n"
+        "print(noise._kernels(device), noise._kernels(device), noise.backend(3072, device))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -361,7 +395,7 @@ def test_without_triton_the_cpu_makes_the_noise_of_a_cuda_device():
 @pytest.mark.parametrize("grid", [0, 255, 256])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (3, 32, 32), (3, 37, 211)])
 def test_noisy_rows_on_cuda(shape, grid):
-    assert noise.road(device="cuda") == "triton"
+    assert noise.backend(device="cuda") == "triton"
     for dtype, layout, normalise in itertools.product((torch.float32, torch.bfloat16), LAYOUTS, (False, True)):
         for n in (0, 1, 130):
             given = batch_of(shape, n, grid, normalise)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_noise import copies_by_hand
 
 from smoothkit import Purpose
 from smoothkit.kernels import noise, philox
 
-pytest.importorskip("numba", reason="numba is not installed: the NumPy reference makes the noise")
-noise_cpu = pytest.importorskip("smoothkit.kernels.noise_cpu")
+numba = pytest.importorskip("numba", reason="numba is not installed: the NumPy reference makes the noise")
+from smoothkit.kernels import noise_numba  # noqa: E402
 
 COUNTERS = [
     dict(seed=0, purpose=Purpose.TRAIN, image_id=0, start=0),
@@ -42,10 +43,18 @@ def unwritten(n: int, num_pixels: int) -> np.ndarray:
     return np.full((n, num_pixels), np.nan, dtype=np.float32)
 
 
+def copies(image: torch.Tensor, scale: float, grid: int, n: int, threads: int = 1, **counter) -> np.ndarray:
+    """Noisy copies [n, num_pixels] of one image, by the kernel."""
+    num_pixels = image.numel()
+    rows = torch.from_numpy(philox.rows_of_one_image(num_pixels, stop=counter["start"] + n, **counter))
+    out = torch.from_numpy(unwritten(n, num_pixels)).view(n, 1, 1, num_pixels)
+    given = (image.view(1, 1, 1, num_pixels), rows, torch.full((n,), scale), counter["seed"], grid)
+    noise_numba.noisy_rows_into(out, *given, threads=threads)
+    return out.view(n, num_pixels).numpy()
+
+
 def normals(n: int, num_pixels: int, threads: int = 1, **counter) -> np.ndarray:
-    out = unwritten(n, num_pixels)
-    noise_cpu.standard_normal_into(out, threads=threads, **counter)
-    return out
+    return copies(torch.zeros(num_pixels), 1.0, 0, n, threads, **counter)
 
 
 def reference(n: int, num_pixels: int, **counter) -> np.ndarray:
@@ -54,12 +63,7 @@ def reference(n: int, num_pixels: int, **counter) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def threads_for_small_arrays(monkeypatch):
-    monkeypatch.setattr(noise_cpu, "PIECE", 1000)
-
-
-def test_constants_are_those_of_the_reference():
-    for name in ("LOG_COEFFICIENTS", "COS_COEFFICIENTS", "SIN_COEFFICIENTS"):
-        assert getattr(noise_cpu, name) == getattr(noise, name)
+    monkeypatch.setattr(noise_numba, "PIECE", 1000)
 
 
 @pytest.mark.parametrize("counter", COUNTERS, ids=PURPOSES)
@@ -72,7 +76,7 @@ def test_normals(num_pixels, n, counter):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 130])
 def test_threads_share_the_rows(n, threads, monkeypatch):
-    monkeypatch.setattr(noise_cpu, "PIECE", 1)
+    monkeypatch.setattr(noise_numba, "PIECE", 1)
     begun = []
 
     class Counted(threading.Thread):
@@ -80,7 +84,7 @@ def test_threads_share_the_rows(n, threads, monkeypatch):
             begun.append(self)
             super().start()
 
-    monkeypatch.setattr(noise_cpu.threading, "Thread", Counted)
+    monkeypatch.setattr(noise_numba.threading, "Thread", Counted)
     assert same_bits(normals(n, 65, threads, **COUNTERS[3]), reference(n, 65, **COUNTERS[3]))
     assert len(begun) == max(0, min(n, threads) - 1)  # the caller's own thread works too
 
@@ -102,14 +106,10 @@ def test_noisy_copies(num_pixels, grid):
         COUNTERS, (0.12, 0.25, 0.5, 1.0, 1 / 3, 1e-3, 30.0), (130, 0, 1, 7, 50, 3, 60), strict=True
     ):
         settings = dict(sigma=sigma, stop=counter["start"] + n, grid=grid, **counter)
-        expected = noise.noisy_copies_reference(image, **settings).numpy()
+        expected = copies_by_hand(image, **settings).numpy()
+        scale = float(noise.noise_scale(sigma, grid))
         for threads in (1, 2):
-            out = unwritten(n, num_pixels)
-            scale = noise._float32_at_least(sigma * (grid or 1))
-            noise_cpu.noisy_copies_into(
-                out, image.numpy().reshape(-1), scale=scale, grid=grid or 0, threads=threads, **counter
-            )
-            assert same_bits(out, expected.reshape(n, num_pixels))
+            assert same_bits(copies(image, scale, grid or 0, n, threads, **counter), expected.reshape(n, num_pixels))
         assert same_bits(noise.noisy_copies(image, **settings).numpy(), expected)
 
 
@@ -117,9 +117,7 @@ def test_noisy_copies(num_pixels, grid):
 def test_two_million_noisy_values(grid):
     image = (torch.arange(2048) % 256 / 255).reshape(2, 32, 32)
     settings = dict(sigma=0.25, stop=COUNTERS[3]["start"] + 1000, grid=grid, **COUNTERS[3])
-    assert same_bits(
-        noise.noisy_copies(image, **settings).numpy(), noise.noisy_copies_reference(image, **settings).numpy()
-    )
+    assert same_bits(noise.noisy_copies(image, **settings).numpy(), copies_by_hand(image, **settings).numpy())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -127,27 +125,34 @@ def test_two_million_noisy_values(grid):
 @pytest.mark.parametrize(("planes", "plane"), [(1, 1), (1, 67), (3, 35), (3, 1499), (7, 2), (5, 64)])
 def test_noisy_rows(planes, plane, tile, threads, monkeypatch):
     """Any number of planes of any size, made in pieces of any size, in both types and layouts."""
-    monkeypatch.setattr(noise_cpu, "PIECE", 200)
+    monkeypatch.setattr(noise_numba, "PIECE", 200)
     n, rng = 9, np.random.default_rng(plane)
     images = torch.from_numpy(rng.random((2, planes, plane, 1), dtype=np.float32))
     word = philox.counter_word(Purpose.ESTIMATE, 2**55 + 3)
     rows = torch.tensor([[i % 3 - 1, word + i, 2**33 + i] for i in range(n)]).T.contiguous()
     scale = torch.linspace(0.1, 100, n)
     norm = (torch.linspace(0.1, 0.5, planes), torch.linspace(0.2, 0.3, planes))
-    how = dict(planes=planes, threads=threads, tile=tile)
-    for grid, channels_last, normalise in itertools.product((0, 255), (False, True), (False, True)):
-        mean, std = norm if normalise else (None, None)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for grid, layout, normalise in itertools.product((0, 255), layouts, (False, True)):
+        given = (images, rows, scale, -7, grid, *(norm if normalise else ()))
         expected = torch.empty(n, planes, plane, 1)
-        noise.noisy_rows_reference(expected, images, rows, scale, -7, grid, mean, std)
-        expected = (expected.permute(0, 2, 3, 1) if channels_last else expected).reshape(n, -1)
-        arrays = (images.reshape(2, -1).numpy(), rows.numpy(), scale.numpy())
-        settings = dict(seed=2**64 - 7, grid=grid, channels_last=channels_last, **how)
-        settings |= dict(mean=mean.numpy(), std=std.numpy()) if normalise else {}
-        floats, halves = unwritten(n, planes * plane), np.full((n, planes * plane), 0x7FC0, dtype=np.uint16)
-        noise_cpu.noisy_rows_into(floats, *arrays, **settings)
-        noise_cpu.noisy_rows_into(halves, *arrays, **settings)
-        assert same_bits(floats, expected.numpy())
-        assert np.array_equal(halves, expected.bfloat16().view(torch.int16).numpy().view(np.uint16))
+        noise.noisy_rows_reference(expected, *given)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = torch.full_like(expected, torch.nan, dtype=dtype).to(memory_format=layout)
+            noise_numba.noisy_rows_into(out, *given, threads=threads, tile=tile)
+            assert same_bits(out.float().numpy(), expected.to(dtype).float().numpy())
+
+
+@numba.njit(error_model="numpy")
+def bfloat16_bits_into(out, values):
+    for i in range(len(values)):
+        out[i] = noise_numba._bfloat16_bits(values[i])
+
+
+@numba.njit(error_model="numpy")
+def box_muller_into(z0, z1, radius_words, angle_words):
+    for i in range(len(z0)):
+        z0[i], z1[i] = noise_numba._box_muller(radius_words[i], angle_words[i])
 
 
 def test_rounding_to_bfloat16():
@@ -157,7 +162,7 @@ def test_rounding_to_bfloat16():
     bits = np.concatenate([bits, np.array([*edges, *(e | 0x80000000 for e in edges)], dtype=np.uint32)])
     values = bits.view(np.float32)
     made = np.zeros(len(values), dtype=np.uint16)
-    noise_cpu.bfloat16_bits_into(made, values)
+    bfloat16_bits_into(made, values)
     expected = torch.from_numpy(values).bfloat16()
     assert np.array_equal(made == 0x7FC0, np.isnan(values))
     assert np.array_equal(
@@ -172,27 +177,22 @@ def test_edge_words():
     edges += [0xB504F332, 0xB504F333, 0xB504F334, 0xB504F335]
     words, angles = (x.ravel().astype(np.uint32) for x in np.meshgrid(edges, edges))
     z0, z1 = np.full((2, words.size), np.nan, dtype=np.float32)
-    noise_cpu.box_muller_into(z0, z1, words, angles)
+    box_muller_into(z0, z1, words, angles)
     expected = philox.box_muller(words, angles)
     assert same_bits(z0, expected[0]) and same_bits(z1, expected[1])
 
 
-def test_image_of_another_type_takes_the_reference():
-    settings = dict(sigma=0.25, stop=8, grid=None, seed=1, purpose=Purpose.TRAIN, image_id=1, start=0)
-    image = torch.rand(1, 3, 3, dtype=torch.float64)
-    noisy = noise.noisy_copies(image, **settings)
-    assert noisy.dtype == torch.float64 and torch.equal(noisy, noise.noisy_copies_reference(image, **settings))
-    turned = torch.rand(3, 5, 4).transpose(1, 2)  # not contiguous
-    assert torch.equal(noise.noisy_copies(turned, **settings), noise.noisy_copies_reference(turned, **settings))
-
-
 def test_wrong_buffers_are_refused():
-    with pytest.raises(ValueError, match="image must have 5 values"):
-        noise_cpu.noisy_copies_into(unwritten(2, 5), np.zeros(4, np.float32), scale=1, grid=0, **COUNTERS[0])
-    with pytest.raises(TypeError):
-        noise_cpu.standard_normal_into(np.zeros((2, 5)), **COUNTERS[0])
-    with pytest.raises(TypeError):
-        noise_cpu.standard_normal_into(unwritten(5, 4).T, **COUNTERS[0])
+    given = (torch.tensor([[0, 0], [1, 1], [0, 1]]), torch.ones(2), 0, 0)
+    right, image = torch.zeros(2, 1, 1, 5), torch.zeros(1, 1, 1, 5)
+    noise_numba.noisy_rows_into(right, image, *given)
+    with pytest.raises(RuntimeError, match="shape"):
+        noise_numba.noisy_rows_into(right, image[..., :4], *given)
+    with pytest.raises(RuntimeError, match="view"):
+        noise_numba.noisy_rows_into(torch.zeros(2, 5, 4, 3).transpose(2, 3), torch.zeros(1, 5, 3, 4), *given)
+    for wrong in ((right.double(), image), (right, image.double()), (right.half(), image)):
+        with pytest.raises(TypeError):
+            noise_numba.noisy_rows_into(*wrong, *given)
 
 
 def test_callers_in_several_threads():
@@ -220,7 +220,7 @@ def test_a_forked_process_can_draw():
     assert child.exitcode == 0
 
 
-# --- which road ------------------------------------------------------------------------------------
+# --- which backend ------------------------------------------------------------------------------------
 
 DIGEST = (
     "import hashlib\n"
@@ -231,7 +231,7 @@ DIGEST = (
     "digest = hashlib.sha256(noise.standard_normal(1875, **counter).tobytes())\n"
     "for grid in (None, 255):\n"
     "    digest.update(noise.noisy_copies(image, sigma=0.25, grid=grid, **counter).numpy().tobytes())\n"
-    "print(noise.road(), torch.get_num_threads(), digest.hexdigest())\n"
+    "print(noise.backend(), torch.get_num_threads(), digest.hexdigest())\n"
 )
 
 
@@ -252,8 +252,8 @@ def run(code: str, path=ROOT, **environment: str) -> tuple[str, str]:
 def digest() -> str:
     """Of the bits by numba, in a fresh process."""
     out, said = run(DIGEST)
-    road, threads, digest = out.split()
-    assert (road, threads, said) == ("numba", os.environ["OMP_NUM_THREADS"], "")
+    backend, threads, digest = out.split()
+    assert (backend, threads, said) == ("numba", os.environ["OMP_NUM_THREADS"], "")
     return digest
 
 
@@ -262,25 +262,27 @@ def test_the_bits_are_the_same_without_numba(digest, how):
     out, said = (
         run("sys.modules['numba'] = None\n" + DIGEST) if how == "no numba" else run(DIGEST, SMOOTHKIT_NO_KERNELS="1")
     )
-    road, _, slow = out.split()
-    assert (road, slow, said) == ("numpy", digest, "")
+    backend, _, slow = out.split()
+    assert (backend, slow, said) == ("numpy", digest, "")
 
 
 def test_numba_that_does_not_compile_is_said_once(digest):
     out, said = run(DIGEST, NUMBA_DISABLE_JIT="1")
-    road, _, slow = out.split()
-    assert (road, slow) == ("numpy", digest) and said.count("the noise is made by NumPy") == 1
+    backend, _, slow = out.split()
+    assert (backend, slow) == ("numpy", digest) and said.count("the noise is made by NumPy") == 1
 
 
-def test_other_bits_are_noticed(monkeypatch):
-    def one_bit_off(out, **counter):
-        honest(out, **counter)
-        out.view(np.uint32)[-1, -1] ^= 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_bits_are_noticed(dtype, monkeypatch):
+    def one_bit_off(out, *given):
+        honest(out, *given)
+        if out.dtype == dtype:
+            out.view(torch.int32 if dtype == torch.float32 else torch.int16)[-1, -1, -1, -1] ^= 1
 
-    honest = noise_cpu.standard_normal_into
-    monkeypatch.setattr(noise_cpu, "standard_normal_into", one_bit_off)
+    honest = noise_numba.noisy_rows_into
+    monkeypatch.setattr(noise_numba, "noisy_rows_into", one_bit_off)
     with pytest.warns(UserWarning, match="gives other bits"):
-        assert noise._kernels.__wrapped__() is None
+        assert noise._kernels.__wrapped__(torch.device("cpu")) is None
 
 
 def test_nowhere_to_cache(tmp_path):
@@ -290,27 +292,31 @@ def test_nowhere_to_cache(tmp_path):
     blocked.write_text("a file where a folder is wanted: not even root can write below it")
     (tmp_path / "smoothkit" / "kernels" / "__pycache__").write_text("the same")
     code = (
-        "import numpy as np\n"
-        "from smoothkit.kernels import noise_numba\n"
-        "out = np.empty((3, 5), dtype=np.float32)\n"
-        "noise_numba.standard_normal_into(out, seed=1, purpose=2, image_id=3, start=4)\n"
-        "print(noise_numba.__file__, noise_numba._fill_rows.stats.cache_path, out.tobytes().hex())\n"
+        "import torch\n"
+        "from smoothkit.kernels import noise_numba, philox\n"
+        "rows = torch.from_numpy(philox.rows_of_one_image(5, seed=1, purpose=2, image_id=3, start=4, stop=7))\n"
+        "out = torch.empty(3, 1, 1, 5)\n"
+        "noise_numba.noisy_rows_into(out, torch.zeros(1, 1, 1, 5), rows, torch.ones(3), 1, 0)\n"
+        "found = noise_numba._fill_rows.stats\n"
+        "print(noise_numba.__file__, found.cache_path, sum(found.cache_hits.values()), out.numpy().tobytes().hex())\n"
     )
     module = str(tmp_path / "smoothkit" / "kernels" / "noise_numba.py")
     bits = reference(3, 5, seed=1, purpose=2, image_id=3, start=4)[:, :5].tobytes().hex()
 
-    def loaded(cache_folder) -> str:
+    def loaded(cache_folder) -> tuple[str, int]:
         environment = dict(HOME=str(blocked), XDG_CACHE_HOME=str(blocked), NUMBA_CACHE_DIR=str(cache_folder))
         out, said = run(code, tmp_path, **environment)
-        where, kept, made = out.split()
+        where, kept, hits, made = out.split()
         assert (where, made, said) == (module, bits, "")
-        return kept
+        return kept, int(hits)
 
-    assert loaded(blocked) == "None"
-    assert loaded(cache).startswith(str(cache)) and list(cache.rglob("*.nbi"))
+    assert loaded(blocked)[0] == "None"
+    kept, hits = loaded(cache)
+    assert kept.startswith(str(cache)) and list(cache.rglob("*.nbi")) and hits == 0
+    assert loaded(cache) == (kept, 1)  # the next process compiles nothing
     for path in cache.rglob("*.nb?"):
         path.write_bytes(b"damaged")
-    loaded(cache)
+    assert loaded(cache)[1] == 0
 
 
 def test_small_images_stay_with_numpy():
@@ -318,6 +324,6 @@ def test_small_images_stay_with_numpy():
     code = (
         "from smoothkit.kernels import noise\n"
         "noise.standard_normal(64, seed=1, purpose=2, image_id=3, start=0, stop=10)\n"
-        "print(noise.road(64), noise.road(1023), 'numba' in sys.modules, noise.road(1024))\n"
+        "print(noise.backend(64), noise.backend(1023), 'numba' in sys.modules, noise.backend(1024))\n"
     )
     assert run(code)[0].split() == ["numpy", "numpy", "False", "numba"]

@@ -237,7 +237,7 @@ def test_long_runs_load_the_kernels_and_count_the_same(starter, digits, monkeypa
     plain = counts_of(Smoothed(starter, 0.25).sample(digits.take("first:2"), **settings))
     monkeypatch.setattr(stream_module, "KERNELS_AFTER", 0.0)
     assert counts_of(Smoothed(starter, 0.25).sample(digits.take("first:2"), **settings)) == plain
-    assert noise.KERNEL_PIXELS == 1 and noise.road(64) == "numba"
+    assert noise.KERNEL_PIXELS == 1 and noise.backend(64) == "numba"
 
 
 def test_running_out_of_memory_halves_the_batch_and_changes_nothing(digits):

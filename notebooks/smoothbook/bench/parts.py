@@ -11,7 +11,7 @@ from scipy import stats
 from smoothbook.bench.measure import Result, clock, interleaved, method, spread, torch_threads
 from smoothkit import Purpose, noisy_copies
 from smoothkit.certify.bounds import clopper_pearson_lower
-from smoothkit.kernels.noise import noise_scale, noisy_rows, road, standard_normal, standard_normal_reference
+from smoothkit.kernels.noise import backend, noise_scale, noisy_rows, standard_normal, standard_normal_reference
 from smoothkit.kernels.philox import counter_word
 from smoothkit.kernels.votes import add_votes
 
@@ -58,7 +58,7 @@ def noise(
         table,
         float(table[table["made by"] == OURS]["ratio"].min()),
         f"{RANDN} (normals only) over {OURS} (normals, scaled, rounded to the grid, added), the smaller over shapes; "
-        f"ours made by {', '.join(sorted({road(int(np.prod(s[1:])), device) for s in shapes}))}",
+        f"ours made by {', '.join(sorted({backend(int(np.prod(s[1:])), device) for s in shapes}))}",
         method(device),
     )
 

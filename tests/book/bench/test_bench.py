@@ -149,7 +149,7 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr("smoothkit.kernels.noise._kernels", lambda: None)
+    monkeypatch.setattr("smoothkit.kernels.noise._kernels", lambda device: None)
     assert "made by numpy" in parts.noise(quick=True, **TINY["noise"] | {"shapes": ((2, 3, 20, 20),)}).headline
 
 

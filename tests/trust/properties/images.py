@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from properties.inputs import float32s, folder, holds, mostly, names, sigmas, small, texts, wholes
 from smoothkit import Purpose, data, models, noisy_copies
 from smoothkit.kernels import noise_exact
-from smoothkit.kernels.noise import noisy_rows, road, standard_normal, standard_normal_reference
+from smoothkit.kernels.noise import backend, noisy_rows, standard_normal, standard_normal_reference
 from smoothkit.kernels.votes import add_votes, count_votes_reference
 
 
@@ -222,4 +222,4 @@ def noise_of_rows(batch, number, index, sample, scale, grid):
 
 @holds(wholes)
 def the_road_of_the_noise(pixels):
-    assert road(pixels) in ("numba", "numpy")
+    assert backend(pixels) in ("numba", "numpy")
