@@ -23,13 +23,13 @@ MODULES_OF = {
     "smoothkit.reading": ["accuracy", "intervals", "dialects", "logs", "alpha", "report", "audit"],
     "smoothbook.adapters": ["base", "lora", "bottleneck", "prompts", "certifying", "black_box"],
     "smoothbook.training": ["attacks", "schedules", "losses", "images", "checkpoint", "run", "fit", "gradient_free", "pilot", "estimates"],
-    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies"],
+    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies", "trust"],
     "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate"],
     "smoothbook.sigma": [
         "distances", "ledger", "memory", "search", "table", "sound", "selectors", "reading",
     ],
     "smoothbook.tables": [
-        "settings", "denoisers", "selectors", "build", "table", "studies", "cost", "make", "published", "claims", "summary",
+        "settings", "denoisers", "selectors", "build", "table", "studies", "cost", "make", "published", "claims", "summary", "trust",
     ],
     "smoothbook.panels": [
         "live", "job", "base", "curve", "compare", "plane", "regions", "slice", "image", "attack", "memory", "explorer",

@@ -1,0 +1,36 @@
+"""What the notebooks say in prose: tests they name exist, numbers they state are right."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from smoothkit.certify.bounds import radius_cap
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+A_TEST = re.compile(r"(tests/[\w/]+\.py)::(test_\w+)")
+LONGEST = 25  # lines of a cell
+
+
+def cells(path) -> list[tuple[str, str]]:
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text())["cells"]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_test_that_a_notebook_names_exists(path):
+    named = set(A_TEST.findall("\n".join(text for _, text in cells(path))))
+    missing = [f"{file}::{test}" for file, test in named if f"\ndef {test}(" not in (ROOT / file).read_text()]
+    assert not missing
+    assert path.stem != "70_scale_and_trust" or len(named) > 20
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in {"00", "70"}], ids=lambda p: p.stem)
+def test_cells_are_short(path):
+    long = {text.splitlines()[0]: len(text.splitlines()) for kind, text in cells(path) if kind == "code"}
+    assert {head: lines for head, lines in long.items() if lines > LONGEST} == {}
+
+
+def test_ten_times_the_samples_lift_the_cap_by_less_than_one_sigma():
+    """Exercise 3 of 00_start_here, at its alpha."""
+    assert all(radius_cap(10 * n, 0.001, 1.0) - radius_cap(n, 0.001, 1.0) < 1 for n in (1_000, 10_000, 100_000))
