@@ -24,7 +24,7 @@ from smoothbook.tables import table as tables
 from smoothbook.tables.build import build, certified_images, check_row, loss_of, schedule_of
 from smoothbook.tables.cost import cost
 from smoothbook.tables.denoisers import read_denoiser
-from smoothbook.tables.selectors import Sampling, keep_selector, read_selector, sample_searched, sample_selected
+from smoothbook.tables.selectors import Sampling, keep_selector, read_selector, sample_searched
 from smoothbook.tables.settings import CARD, CLASSIFIER, STARTER, Card, Row, RowError
 from smoothbook.training import SPSA, FitSettings, Fitted, GradientFreeSettings, crop_and_flip, fit, fit_gradient_free
 from smoothkit import data as datasets
@@ -130,18 +130,17 @@ def certify_row(
     sampling = Sampling(rule, row.noise_seed, progress, batch, device, precision, compile)
     if not row.search:
         return sampling.votes(model, images, row.sigma, out)
+    search = dict(sigma0=row.sigma, search=row.search, sampling=sampling, out=out)
     if not row.selector:
-        return sample_searched(model, images, sigma0=row.sigma, search=row.search, sampling=sampling, out=out)
+        return sample_searched(model, images, **search)
     if train is None or out is None:
         raise RowError(f"{row.name} has a selector, which needs the training images and a folder; give train= and out=")
 
     def new_selector(num_classes: int) -> BaseClassifier:
         return build(dataclasses.replace(row, method="full", base=row.selector["base"], num_classes=num_classes))
 
-    return sample_selected(
-        model, images, train, sigma0=row.sigma, search=row.search, selector=read_selector(row.selector),
-        new_selector=new_selector, sampling=sampling, out=out,
-    )  # fmt: skip
+    selector = read_selector(row.selector)
+    return sample_searched(model, images, **search, selector=selector, train=train, new_selector=new_selector)
 
 
 def keep_row(

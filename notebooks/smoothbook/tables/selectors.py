@@ -21,6 +21,7 @@ from smoothkit.records import Record, compact, open_record, read_json, write_ato
 from smoothkit.sampling.run import collect_votes
 from smoothkit.types import StoppingRule, check_samples, check_sigma
 
+NewSelector = Callable[[int], BaseClassifier]  # number of classes -> an untrained base classifier
 OBJECTIVES = {"clamped": ClampedRadius, "released": ReleasedRadius, "finite": FiniteSampleRadius}
 
 
@@ -74,6 +75,15 @@ class Prototypes:
         _check_sigmas(self.sigmas)
         check_samples("each", self.each)
 
+    def choose(
+        self, images: Images, chosen: Images, found: np.ndarray, new: NewSelector, sampling: Sampling, out: Path
+    ) -> np.ndarray:
+        """A sigma for each image, from those `found` for the images `chosen` to make the selector, which is kept in `out`."""
+        made = prototypes_by_sigma(chosen, found, sigmas=self.sigmas, each=self.each)
+        choice = made.choose(images)
+        keep_geometry(out, made.points.reshape(-1, *made.shape), made.sigmas, images.ids, choice.radius)
+        return choice.sigma
+
 
 @dataclasses.dataclass(frozen=True)
 class SmoothedVotes:
@@ -88,6 +98,22 @@ class SmoothedVotes:
     def __post_init__(self) -> None:
         _check_sigmas([*self.sigmas, self.sigma_e])
         check_samples("epochs", self.epochs)
+
+    def choose(
+        self, images: Images, chosen: Images, found: np.ndarray, new: NewSelector, sampling: Sampling, out: Path
+    ) -> np.ndarray:
+        """As above; `out` keeps the votes of the selector."""
+        sigmas = [float(s) for s in self.sigmas]
+        wanted = dataclasses.replace(chosen, labels=wanted_of(found, sigmas), class_names=())
+        how = FitSettings(
+            schedule=self.sigma_e, epochs=self.epochs, batch=64, description="training the selector",
+            out=out / "training", resume=True,
+        )  # fmt: skip
+        fitted = fit(new(len(sigmas)), wanted, how)
+        unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1), class_names=())
+        record = sampling.votes(fitted.model, unlabelled, self.sigma_e, out / VOTES)
+        counts = record.votes().set_index("image_id")["counts_selection"].loc[list(images.ids)]
+        return np.array(sigmas)[[int(c.argmax()) for c in counts]]
 
 
 SELECTORS = {"prototypes": Prototypes, "smoothed": SmoothedVotes}
@@ -114,84 +140,35 @@ def _check_sigmas(sigmas: list[float]) -> None:
 
 
 def sample_searched(
-    model: BaseClassifier,
-    images: Images,
-    *,
-    sigma0: float,
-    search: dict[str, Any],
-    sampling: Sampling,
-    out: Path | None,
-) -> Record:
-    """Votes at the sigma found for each image; an interrupted run goes on with the sigmas it had found.
-
-    `out` gets `sigma.json` and the record `votes`.
-    """
-    found = _search(model, images, sigma0, search, sampling, out)
-    return sampling.votes(model, images, found, None if out is None else out / "votes")
-
-
-def sample_selected(
-    model: BaseClassifier,
-    images: Images,
-    train: Images,
-    *,
-    sigma0: float,
-    search: dict[str, Any],
-    selector: Prototypes | SmoothedVotes,
-    new_selector: Callable[[int], BaseClassifier],
-    sampling: Sampling,
-    out: Path,
-) -> Record:
-    """Votes at the sigma a selector chooses for each image, and beside them what the selector said.
+    model: BaseClassifier, images: Images, *, sigma0: float, search: dict[str, Any], sampling: Sampling, out: Path | None,
+    selector: Prototypes | SmoothedVotes | None = None, train: Images | None = None, new_selector: NewSelector | None = None,
+) -> Record:  # fmt: skip
+    """Votes at the sigma found for each image, or at the one a selector chooses; an interrupted run goes on.
 
     Parameters
     ----------
-    train : Images
-        The training split. The selector is made of the sigmas searched on `selector.train_images` of it.
-    new_selector : callable
-        Number of classes -> an untrained base classifier for a smoothed selector.
-    out : path
-        Gets the record `votes`, and `selector.npz` or the record `selector`; see `sigma.sound`.
+    model, images, sampling
+    sigma0, search
+        Where the search begins (pixel units), and the settings that `read_search` takes.
+    out : path, optional
+        Gets `sigma.json`, the record `votes` and, of a selector, `selector.npz` or the record `selector`; see `sigma.sound`.
+    selector, train, new_selector : optional
+        A selector is made of the sigmas searched on `selector.train_images` of the training split, and needs `out`;
+        `new_selector` gives an untrained base classifier of so many classes.
     """
-    chosen = train.take(selector.train_images)
-    found = _search(model, chosen, sigma0, search, sampling, out)
-    if isinstance(selector, Prototypes):
-        sigmas = _by_prototypes(selector, images, chosen, found, out)
-    else:
-        sigmas = _by_votes(selector, images, chosen, found, new_selector(len(selector.sigmas)), sampling, out)
-    return sampling.votes(model, images, sigmas, out / "votes")
+    chosen = images if selector is None else train.take(selector.train_images)
+    sigmas = _search(model, chosen, sigma0, search, sampling, out)
+    if selector is not None:
+        sigmas = selector.choose(images, chosen, sigmas, new_selector, sampling, out)
+    return sampling.votes(model, images, sigmas, None if out is None else out / "votes")
 
 
 def keep_selector(kept: Path, out: Path) -> None:
-    """Copy what `sample_selected` left in `out` into the folder of a kept record."""
+    """Copy what `sample_searched` left in `out` into the folder of a kept record."""
     if (out / GEOMETRY).is_file():
         write_atomically(kept / GEOMETRY, lambda file: file.write((out / GEOMETRY).read_bytes()))
     else:
         compact(open_record(out / VOTES), kept / VOTES)
-
-
-def _by_prototypes(selector: Prototypes, images: Images, chosen: Images, found: np.ndarray, out: Path) -> np.ndarray:
-    made = prototypes_by_sigma(chosen, found, sigmas=selector.sigmas, each=selector.each)
-    choice = made.choose(images)
-    keep_geometry(out, made.points.reshape(-1, *made.shape), made.sigmas, images.ids, choice.radius)
-    return choice.sigma
-
-
-def _by_votes(
-    selector: SmoothedVotes, images: Images, chosen: Images, found: np.ndarray, untrained: BaseClassifier,
-    sampling: Sampling, out: Path,
-) -> np.ndarray:  # fmt: skip
-    sigmas = [float(s) for s in selector.sigmas]
-    wanted = dataclasses.replace(chosen, labels=wanted_of(found, sigmas), class_names=())
-    how = FitSettings(
-        schedule=selector.sigma_e, epochs=selector.epochs, batch=64, description="training the selector",
-        out=out / "training", resume=True,
-    )  # fmt: skip
-    fitted = fit(untrained, wanted, how)
-    unlabelled = dataclasses.replace(images, labels=np.full(len(images), -1), class_names=())
-    record = sampling.votes(fitted.model, unlabelled, selector.sigma_e, out / VOTES)
-    counts = record.votes().set_index("image_id")["counts_selection"].loc[list(images.ids)]
-    return np.array(sigmas)[[int(c.argmax()) for c in counts]]
 
 
 def _search(

@@ -220,10 +220,7 @@ def load_rows(path: str | Path, variant: str | None = None, *, check: Callable[[
         for number, settings in enumerate(content.rows, start=1):
             where = f"{path.name}, row {settings.get('name', number)}"
             merged = {**content.defaults, **settings, **content.variants.get(variant, {})}
-            for row in _read_rows(merged, where):
-                if check is not None:
-                    _refused_at(where, check, row)
-                rows.append(row)
+            rows += _read_rows(merged, where, check or (lambda row: None))
     except ValueError as error:
         raise RowError(str(error)) from None
     _check_names(path.name, rows)
@@ -242,19 +239,17 @@ def _read_file(path: Path) -> _File:
     return read_settings(_File, content, where=path.name)
 
 
-def _read_rows(settings: dict[str, Any], where: str) -> Iterator[Row]:
+def _read_rows(settings: dict[str, Any], where: str, check: Callable[[Row], Any]) -> Iterator[Row]:
     check_type(f"{where}: name", str, settings.get("name"))
     if settings.pop("random", False):
         settings = _with_random_weights(settings)
     for one in _spread(settings, where):
-        yield read_settings(Row, one, where=where)
-
-
-def _refused_at(where: str, check: Callable, row: Row) -> None:
-    try:
-        check(row)
-    except ValueError as error:
-        raise RowError(f"{where}: {error}") from None
+        row = read_settings(Row, one, where=where)
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        yield row
 
 
 def _check_names(file: str, rows: list[Row]) -> None:

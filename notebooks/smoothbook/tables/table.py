@@ -29,6 +29,8 @@ from smoothkit.types import round_down
 if TYPE_CHECKING:
     from smoothkit.models import BaseClassifier
 
+Names = Iterable[str] | None
+
 
 def data_folder() -> Path:
     """The workbook's own `data`."""
@@ -69,13 +71,7 @@ def kept() -> list[str]:
 
 
 def classifier_of(record: str | Path) -> "BaseClassifier | None":
-    """The stored classifier behind the record of a kept row; None for a record that is no row of a table.
-
-    Raises
-    ------
-    RowError
-        If it was not stored.
-    """
+    """The classifier behind the record of a kept row, None for a record that is none; RowError if it was not stored."""
     path = Path(record).resolve()
     if (path / CARD).is_file():
         for name in kept():
@@ -146,13 +142,7 @@ class TableRow:
         return _computed(self.folder, stamps, tuple(row.selector["sigmas"]) if row.selector else None).copy()
 
     def classifier(self) -> "BaseClassifier":
-        """Its trained classifier as it was stored, or the base of a row of method `clean`.
-
-        Raises
-        ------
-        RowError
-            If it was not stored.
-        """
+        """Its trained classifier as stored, or the base of a row of method `clean`; RowError if it was not stored."""
         from smoothbook.tables.build import load_classifier  # brings torch, which reading does without
 
         return load_classifier(self.row, self.table.rows, self.table.folder)
@@ -232,14 +222,11 @@ class Table(Mapping[str, TableRow]):
         return [name for name in self if not self[name].made]
 
     def certificates(
-        self, names: Iterable[str] | None = None, *, sigma: float | None = None, shared: bool = False
+        self, names: Names = None, *, sigma: float | None = None, shared: bool = False
     ) -> dict[str, pd.DataFrame]:
         """Certificate tables by the title of the row, ready for `figures.certified_accuracy_curve`.
 
-        Raises
-        ------
-        RowError
-            Also for a row that cannot be read, and two rows of one title.
+        RowError also says that a row cannot be read, or that two have one title.
         """
         rows = self._chosen(names, sigma)
         titles = [row.card.row.title for row in rows]
@@ -249,12 +236,7 @@ class Table(Mapping[str, TableRow]):
         return {title: _among(row.certificates, common) for title, row in zip(titles, rows, strict=True)}
 
     def frame(
-        self,
-        radii: Sequence[float] = RADII,
-        names: Iterable[str] | None = None,
-        *,
-        sigma: float | None = None,
-        shared: bool = False,
+        self, radii: Sequence[float] = RADII, names: Names = None, *, sigma: float | None = None, shared: bool = False
     ) -> pd.DataFrame:
         """A line for each row: certified accuracy at L2 radii (pixel units), and what its training took.
 
@@ -273,20 +255,15 @@ class Table(Mapping[str, TableRow]):
         return table
 
     def format(
-        self,
-        radii: Sequence[float] = RADII,
-        names: Iterable[str] | None = None,
-        *,
-        sigma: float | None = None,
-        shared: bool = False,
-        level: float = 0.95,
-    ) -> pd.DataFrame:
+        self, radii: Sequence[float] = RADII, names: Names = None, *,
+        sigma: float | None = None, shared: bool = False, level: float = 0.95,
+    ) -> pd.DataFrame:  # fmt: skip
         """`frame` for reading: certified accuracy with its Wilson interval at `level`, ACR rounded down."""
         frame = self.frame(radii, names, sigma=sigma, shared=shared)
-        shown = frame[["title", "sigma", "trained", "epochs", "seconds"]]
-        shown = shown.rename(columns={"trained": "trained parameters"})
-        shown["trained parameters"] = [f"{n:,}" for n in frame["trained"]]
-        shown["seconds"] = [f"{s:,.0f}" for s in frame["seconds"].fillna(0)]
+        trained, seconds = [f"{n:,}" for n in frame["trained"]], [f"{s:,.0f}" for s in frame["seconds"].fillna(0)]
+        shown = frame[["title", "sigma"]].assign(
+            **{"trained parameters": trained}, epochs=frame["epochs"], seconds=seconds
+        )
         if frame["queries"].any():
             shown["queries"] = [f"{n:,}" for n in frame["queries"]]
         for r in radii:
@@ -296,14 +273,8 @@ class Table(Mapping[str, TableRow]):
         return shown
 
     def compare(
-        self,
-        reference: str,
-        radii: Sequence[float] = RADII,
-        names: Iterable[str] | None = None,
-        *,
-        shared: bool = False,
-        level: float = 0.95,
-    ) -> pd.DataFrame:
+        self, reference: str, radii: Sequence[float] = RADII, names: Names = None, *, shared: bool = False, level: float = 0.95
+    ) -> pd.DataFrame:  # fmt: skip
         """Differences of rows (all of its sigma by default) to the row `reference`, with paired bootstrap intervals.
 
         Returns
@@ -321,7 +292,7 @@ class Table(Mapping[str, TableRow]):
         curves = self.certificates(dict.fromkeys([*asked, reference]), shared=shared)
         return compare_tables(curves, self[reference].card.row.title, radii, level=level)
 
-    def protocol(self, names: Iterable[str] | None = None) -> str:
+    def protocol(self, names: Names = None) -> str:
         """How rows were trained and certified, for captions: data as the records name it, images, n, alpha, epochs.
 
         A variant is named, so that a reduced run cannot be taken for a full one.
@@ -336,7 +307,7 @@ class Table(Mapping[str, TableRow]):
             *([f"{_span(epochs)} epochs"] if epochs else []), *([f"{variant} run"] if variant else []),
         ])  # fmt: skip
 
-    def _chosen(self, names: Iterable[str] | None, sigma: float | None = None) -> list[TableRow]:
+    def _chosen(self, names: Names, sigma: float | None = None) -> list[TableRow]:
         """The rows that are made, among those asked for."""
         if not self.made:
             raise RowError(f"{self.folder} holds no rows; make them with {self.command}")
@@ -369,18 +340,17 @@ def _among(table: pd.DataFrame, images: set[int] | None) -> pd.DataFrame:
 
 
 def _line(row: TableRow, radii: Sequence[float], images: set[int] | None) -> dict[str, Any]:
-    name = row.row.name
-    line = {
-        "name": name, "title": name, "method": "", "sigma": math.nan, "trained": 0, "parameters": 0, "epochs": 0,
-        "seconds": math.nan, "queries": 0, "images": 0, **{f"{r:g}": math.nan for r in radii}, "ACR": math.nan, "problem": "",
-    }  # fmt: skip
+    name, counts = row.row.name, dict.fromkeys(("trained", "parameters", "epochs"), 0)
+    line = {"name": name, "title": name, "method": "", "sigma": math.nan, **counts, "seconds": math.nan, "queries": 0}
+    line |= {"images": 0, **{f"{r:g}": math.nan for r in radii}, "ACR": math.nan, "problem": ""}
     try:
         card = row.card
+        line |= {what: getattr(card.row, what) for what in ("title", "method", "sigma")}
+        line |= {what: getattr(card, what) for what in ("trained", "parameters", "seconds")}
         line |= {
-            "title": card.row.title, "method": card.row.method, "sigma": card.row.sigma, "trained": card.trained,
-            "parameters": card.parameters, "epochs": card.row.epochs if card.steps and card.row.steps is None else 0,
-            "seconds": card.seconds, "queries": card.queries or 0,
-        }  # fmt: skip
+            "epochs": card.row.epochs if card.steps and card.row.steps is None else 0,
+            "queries": card.queries or 0,
+        }
         table = _among(row.certificates, images)
     except (RowError, RecordError) as error:
         text = str(error).removeprefix(f"{name}: ").replace(str(row.folder), name)
