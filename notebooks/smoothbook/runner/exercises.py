@@ -178,6 +178,34 @@ def check_alpha_share(answer: Callable[[float, int], float], *, strict: bool = F
     _check(answer, lambda alpha, scales: alpha / (2 * scales), [(0.001, 3), (0.05, 2)], strict)
 
 
+def check_native_radius(answer: Callable[[float, int, int], float], *, strict: bool = False) -> None:
+    """`answer(radius, small, large)` is what a radius on bilinearly enlarged images proves at the native size."""
+    _check(answer, _native_radius, [(0.5, 32, 224), (1.0, 8, 32), (0.3, 32, 32)], strict)
+
+
+def _native_radius(radius: float, small: int, large: int) -> float:
+    centres = ((np.arange(large) + 0.5) * small / large - 0.5).clip(0, small - 1)
+    weights = np.maximum(0.0, 1 - np.abs(centres[:, None] - np.arange(small)))  # [large, small], bilinear in one dimension
+    return radius / float(np.linalg.norm(weights, 2)) ** 2
+
+
+def check_pixel_radius(answer: Callable[[float, tuple], float], *, strict: bool = False) -> None:
+    """`answer(radius, std)` is what a radius with noise after the normalisation proves in pixels."""
+    cases = [(1.0, (0.25,)), (0.5, (0.247, 0.243, 0.262)), (2.0, (1.0, 1.0, 1.0))]
+    _check(answer, lambda radius, std: radius * min(std), cases, strict)
+
+
+def check_noise_left(answer: Callable[[float, float], float], *, strict: bool = False) -> None:
+    """`answer(sigma, m)` is the noise level after mixup with weights m and 1 - m."""
+    _check(answer, lambda sigma, m: sigma * np.hypot(m, 1 - m), [(0.5, 1.0), (0.5, 0.5), (0.25, 0.2)], strict)
+
+
+def check_count_trainings(answer: Callable[[int, int, bool], int], *, strict: bool = False) -> None:
+    """`answer(tasks, levels, one_model)` is the number of trainings, with one pretraining that all share."""
+    cases = [(1, 3, True), (1, 3, False), (10, 3, True), (10, 3, False)]
+    _check(answer, lambda tasks, levels, one_model: 1 + tasks * (1 if one_model else levels), cases, strict)
+
+
 def _check(answer: Callable, right: Callable, cases: Iterable[tuple], strict: bool) -> None:
     """Say of the first case in which `answer` and `right` differ, or that all agree."""
     wrong = next(filter(None, (_wrong(answer, right, case) for case in cases)), "")

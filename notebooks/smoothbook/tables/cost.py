@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from smoothbook.sigma.search import SigmaSearch
 from smoothbook.tables.build import build, certified_images
@@ -77,3 +78,15 @@ def training_passes(row: Row, images: int) -> float:
     attacked = row.loss_settings.get("steps", 10) if "epsilon" in row.loss_settings else 0
     passes = 3 * (copies + (row.loss == "stability")) + 3 * copies * attacked
     return row.epochs * images * (1 - row.validation) * passes
+
+
+def multiplications(row: Row, rows: Mapping[str, Row], image: torch.Tensor) -> float:
+    """Multiplications of a forward pass of one image [C, H, W] of a row's classifier; LoRA merged, as it is deployed.
+
+    Unlike seconds they do not depend on the machine. `rows` are those of the table, which the row may be made from.
+    """
+    classifier = build(row, image_shape=tuple(image.shape), trained=lambda other: build(rows[other])).eval()
+    classifier = classifier.merged() if hasattr(classifier, "merged") else classifier
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        classifier(image[None])
+    return counter.get_total_flops() / 2

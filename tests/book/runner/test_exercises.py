@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import special, stats
 
 from smoothbook.runner import exercises as checks
@@ -26,6 +27,13 @@ def right_memory_radius(x, label, radius, balls):
     return max(0.0, min([radius, *(abs(x - z) - r for z, c, r in balls if c != label)]))
 
 
+def operator_norm(small, large):
+    """Of torch's bilinear resize, as notebook 21 computes it."""
+    eye = torch.eye(small, dtype=torch.float64)[:, None]
+    matrix = torch.nn.functional.interpolate(eye, large, mode="linear", align_corners=False)[:, 0]
+    return float(torch.linalg.svdvals(matrix).max()) ** 2
+
+
 RIGHT = {
     checks.check_radius: right_radius,
     checks.check_samples_for_radius: lambda r, s, a: math.ceil(math.log(a) / stats.norm.logcdf(r / s)),
@@ -41,6 +49,10 @@ RIGHT = {
         0.0, min(small * stats.norm.ppf(lower), large * stats.norm.isf(upper))
     ),
     checks.check_alpha_share: lambda alpha, scales: alpha / scales / 2,
+    checks.check_native_radius: lambda radius, small, large: radius / operator_norm(small, large),
+    checks.check_pixel_radius: lambda radius, std: radius * min(std),
+    checks.check_noise_left: lambda sigma, m: math.sqrt((m * sigma) ** 2 + ((1 - m) * sigma) ** 2),
+    checks.check_count_trainings: lambda tasks, levels, one: 1 + tasks if one else 1 + tasks * levels,
     checks.check_prototype_margin: lambda x, near, far: (far - near) @ ((near + far) / 2 - x) / math.dist(near, far),
 }
 
@@ -103,3 +115,14 @@ def test_the_traps_of_training_are_caught(capsys):
     for check, answer in ((checks.check_soft_smoothed_loss, mean_of_logs), (checks.check_consistency, other_way)):
         check(answer)
         assert "Not yet" in capsys.readouterr().out
+
+
+def test_noise_left_after_mixup_is_that_of_many_draws():
+    a, b = np.random.default_rng(0).standard_normal((2, 200_000))
+    for sigma, m in ((0.5, 1.0), (0.5, 0.5), (0.25, 0.2)):
+        assert (sigma * (m * a + (1 - m) * b)).std() == pytest.approx(sigma * math.hypot(m, 1 - m), rel=0.01)
+
+
+def test_enlarging_bilinearly_lengthens_a_change_as_many_times_as_the_side():
+    assert 0.5 / checks._native_radius(0.5, 32, 224) == pytest.approx(7, rel=1e-3)
+    assert 1.0 / checks._native_radius(1.0, 8, 32) == pytest.approx(4, rel=1e-3)
