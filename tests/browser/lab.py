@@ -159,6 +159,8 @@ class NotebookPage:
         self.page.get_by_text("Run All Cells", exact=True).click()
         self.page.wait_for_timeout(1000)
         self.wait_until(lambda: self._stop_on_error() and self._ran(), seconds, "all cells")
+        if self.page.locator(".jp-Notebook .jp-InputPrompt", has_text="[ ]:").count():
+            raise AssertionError(f"cells were not run: one above them, out of view, failed; see {self.shot('failed')}")
 
     def _stop_on_error(self) -> bool:
         found = self.cell_errors()
