@@ -124,6 +124,7 @@ def _valid(check: Callable, value: object, *others: object) -> object:
 
 
 def check_edge(n: int, edges: Sequence[int]) -> None:
+    """Refuse an n at which votes were not counted."""
     if n not in edges:
         raise ValueError(f"n must be a block edge, one of {', '.join(f'{e:,}' for e in edges)}; got {n:,}")
 
