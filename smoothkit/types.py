@@ -110,8 +110,9 @@ class NoiseForm:
 
         Parameters
         ----------
-        noise : "grid" or "exact-grid" (the data's own), "grid:255" or "exact-grid:255" (so many steps), "float", or None:
-            the data's grid where it has one (drawn exactly on it if it is too fine for rounded noise), else float noise
+        noise : str, NoiseForm or None
+            "grid" or "exact-grid" (the data's own), "grid:255" or "exact-grid:255" (so many steps), "float", or None: the
+            data's grid where it has one (drawn exactly on it if it is too fine for rounded noise), else float noise
         grid : the data's own number of steps from 0 to 1, or None
         sigma : the noise level, by which a grid is fine or not
 

@@ -185,7 +185,8 @@ def check_native_radius(answer: Callable[[float, int, int], float], *, strict: b
 
 def _native_radius(radius: float, small: int, large: int) -> float:
     centres = ((np.arange(large) + 0.5) * small / large - 0.5).clip(0, small - 1)
-    weights = np.maximum(0.0, 1 - np.abs(centres[:, None] - np.arange(small)))  # [large, small], bilinear in one dimension
+    # the bilinear resize in one dimension, [large, small]
+    weights = np.maximum(0.0, 1 - np.abs(centres[:, None] - np.arange(small)))
     return radius / float(np.linalg.norm(weights, 2)) ** 2
 
 
