@@ -28,8 +28,8 @@ class Smoothed:
     sigma : float
         Standard deviation of the noise, pixel units on [0, 1], at the image's own resolution.
     noise : str, optional
-        "grid:255", "exact-grid:255" or "float"; part of what g is. If not given, it is that of the first images asked about: noise on their own grid where they
-        have one, else float; `self.noise` says which, and stays.
+        "grid:255", "exact-grid:255" or "float"; part of what g is. If not given, it is that of the first images asked
+        about: noise on their own grid where they have one, else float; `self.noise` says which, and stays.
     batch, device, precision, compile, model_id : as in `sampling.run.collect_votes`
 
     Examples
@@ -82,7 +82,8 @@ class Smoothed:
             As `sequential_rule(radii=[0.25])`, which decides radii, or `sequential_rule(within=0.05)`, which finds the
             radius; often with far fewer samples.
         noise : str, optional
-            "grid", "exact-grid", "grid:255", "exact-grid:255" or "float": another form than this smoothed classifier's own, for these votes; see `NoiseForm.parse`.
+            "grid", "exact-grid", "grid:255", "exact-grid:255" or "float": another form than this smoothed classifier's
+            own, for these votes; see `NoiseForm.parse`.
         seed : int
         out : path, optional
             The record's folder, where an interrupted run goes on; in memory without it.
