@@ -416,14 +416,14 @@ def test_looks():
 def test_digits_are_decided_as_by_many_samples_with_far_fewer(starter, digits):
     from conftest import ROOT
 
-    images, radii = digits.take("first:40"), (0.25, 0.5)
+    images, radii = digits.take("first:16"), (0.25, 0.5)
     record = sampled(Smoothed(starter, 0.25), images, radii, n_max=10_000, progress=False)
     table = certificates(record)
-    fixed = certificates(open_record(ROOT / "data" / "records" / "digits-vit-0.25-sigma-0.25")).iloc[:40]
+    fixed = certificates(open_record(ROOT / "data" / "records" / "digits-vit-0.25-sigma-0.25")).iloc[:16]
     assert table["idx"].tolist() == fixed["idx"].tolist()
     for r in radii:
         ours, theirs = (t["correct"] & (t["radius"] >= r) for t in (table, fixed))
-        assert not (ours & ~theirs.to_numpy()).sum() > 1 and abs(int(ours.sum()) - int(theirs.sum())) <= 2
+        assert not (ours & ~theirs.to_numpy()).sum() > 1 and abs(int(ours.sum()) - int(theirs.sum())) <= 1
     assert table["n"].mean() < 4_000
     assert set(table["radius"]) <= {0.0, *radii} and (table["predict"][table["radius"] == 0] == ABSTAIN).all()
 

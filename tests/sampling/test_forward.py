@@ -226,17 +226,31 @@ def test_compiling_is_tried_only_where_the_run_repays_it(digits, monkeypatch):
     assert tried == [100]
 
 
+def trouble_of_the_compiler(network: nn.Module) -> str:
+    """What goes wrong where PyTorch compiles by itself: an error, or other logits (a cache of another machine does that)."""
+    rows = torch.rand(100, 1, 8, 8)
+    try:
+        with torch.inference_mode():
+            apart = float((torch.compile(network, dynamic=False)(rows) - network(rows)).abs().max())
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return f"logits {apart:.2g} apart" if apart > 1e-3 else ""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_really_compiled(digits, tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10)).eval()
     settings = dict(n0=50, n=200, alpha=0.01, progress=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compiling did not work")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         compiled = Smoothed(network, 0.25, compile=True).sample(digits.take("first:3"), out=tmp_path / "r", **settings)
     plain = Smoothed(network, 0.25, compile=False).sample(digits.take("first:3"), **settings)
-    assert {p["road"] for p in compiled.provenance()} == {"compiled"}
+    if {p["road"] for p in compiled.provenance()} != {"compiled"}:
+        trouble = trouble_of_the_compiler(network)
+        assert trouble, [str(warning.message) for warning in said]
+        pytest.skip(f"torch.compile does not work here: {trouble}")
     difference = compiled.votes()["counts_estimation"] - plain.votes()["counts_estimation"]
     assert all(abs(d).sum() <= 2 for d in difference), "a last bit may move a vote, no more"
     # what was begun compiled goes on compiled, without being asked to

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
@@ -87,7 +86,7 @@ def test_tasks_without_samples(start, stop):
 def test_submissions_of_1_7_and_256_images_give_equal_votes(starter, digits):
     """The whole, pieces of 7, and single images; each piece a run of its own."""
     smoothed = Smoothed(starter, 0.25)
-    settings = dict(n0=20, n=110, alpha=0.01, progress=False)
+    settings = dict(n0=10, n=40, alpha=0.01, progress=False)
     whole = counts_of(smoothed.sample(digits.take("first:256"), **settings))
     assert len(whole) == 256
     for size, starts in ((7, (0, 7, 245)), (1, (0, 100, 255))):
@@ -135,35 +134,41 @@ def test_ctrl_c_keeps_what_was_finished(digits, tmp_path, monkeypatch):
     assert len(resumed.parts()) == 2
 
 
-RUN = """
-import sys
-from smoothkit import Smoothed, data, models
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from smoothkit import Smoothed, data
 from smoothkit.sampling import run, stream
-run.PART_SECONDS = stream.FLUSH_SECONDS = 0.05
-images = data.load("digits", subset="first:30")
-Smoothed(models.load("starter:digits-vit-0.25"), 0.25).sample(images, n0=100, n=1_000, out=sys.argv[1], progress=False)
+
+class Killed(torch.nn.Module):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+        self.register_buffer("w", torch.randn(64, 10, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        if self.folder is not None and len(list(self.folder.glob("parts/part-*.parquet"))) >= 3:
+            os.kill(os.getpid(), signal.SIGKILL)  # in the middle of its work
+        return images.flatten(1) @ self.w
+
+def sample(out, folder=None):
+    run.PART_SECONDS = stream.FLUSH_SECONDS = 0.0
+    images = data.load("digits", subset="first:30")
+    return Smoothed(Killed(folder), 0.25, compile=False).sample(images, n0=100, n=1_000, out=out, progress=False)
 """
 
 
-def run_in_a_process(folder) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_sigkill_and_resume_give_identical_counts(starter, digits, tmp_path):
-    process = run_in_a_process(tmp_path / "killed")
-    deadline = time.monotonic() + 600
-    while len(list(tmp_path.glob("killed/parts/part-*.parquet"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = len(open_record(tmp_path / "killed").rows())
-    assert 0 < kept < 90, "killed in the middle"
-    assert run_in_a_process(tmp_path / "killed").wait(timeout=600) == 0
-    resumed = open_record(tmp_path / "killed")
-    undisturbed = Smoothed(starter, 0.25).sample(digits.take("first:30"), n0=100, n=1_000, progress=False)
+def test_sigkill_and_resume_give_identical_counts(tmp_path, monkeypatch):
+    folder = tmp_path / "killed"
+    command = f"{KILLED}\nsample(sys.argv[1], Path(sys.argv[1]))"
+    killed = subprocess.run([sys.executable, "-c", command, str(folder)], capture_output=True, text=True, timeout=600)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < len(open_record(folder).rows()) < 90, "killed in the middle"
+    monkeypatch.setattr(run_module, "PART_SECONDS", run_module.PART_SECONDS)  # given back afterwards
+    monkeypatch.setattr(stream_module, "FLUSH_SECONDS", stream_module.FLUSH_SECONDS)
+    exec(KILLED, here := {})
+    resumed, undisturbed = here["sample"](folder), here["sample"](None)
     assert counts_of(resumed) == counts_of(undisturbed) and len(counts_of(resumed)) == 30
 
 
