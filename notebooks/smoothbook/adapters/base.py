@@ -326,11 +326,10 @@ def read_config(folder: str | Path) -> dict:
     if config["kind"] not in LOADERS:
         raise ValueError(f"{folder} holds an adapter of kind {config['kind']!r}, which load does not know")
     if "sigmas" in config:  # one adapter a sigma, each in a folder of its own
-        check_type(f"{path}: sigmas", list, config["sigmas"])
-        for sigma in config["sigmas"]:
+        for sigma in check_type(f"{path}: sigmas", list[float], config["sigmas"]):
             check_sigma(sigma)
         return config
-    for name, kind in (("settings", dict), ("base", dict), ("class_names", list)):
+    for name, kind in (("settings", dict), ("base", dict), ("class_names", list[str])):
         check_type(f"{path}: {name}", kind, config.get(name))
     for name in ("name", "fingerprint"):
         check_type(f"{path}: base's {name}", str, config["base"].get(name))

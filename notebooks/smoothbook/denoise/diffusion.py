@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothbook.denoise.chain import Denoiser
-from smoothbook.settings import check_type
+from smoothbook.settings import read_settings
 from smoothkit.data import data_dir
 from smoothkit.records import read_json
 from smoothkit.types import check_sigma
@@ -31,6 +32,7 @@ NOISE = ("exact", "schedule")
 CLAMPS = ("hard", "straight-through", "none")
 WEIGHTS, WEIGHTS_END = "diffusion_pytorch_model", ("safetensors", "safetensors.index.json")
 UNET, SCHEDULER = ("unet", "config.json"), ("scheduler", "scheduler_config.json")
+MOST_TIMESTEPS = 100_000
 
 
 # --- the schedule ------------------------------------------------------------------------------------
@@ -363,25 +365,25 @@ def _read_schedule(file: Path, name: str) -> tuple[np.ndarray, str]:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"{name} predicts {prediction!r}; known are {', '.join(PREDICTIONS)}")
-    known = {k: v for k, v in config.items() if k in _SCHEDULE_KEYS}
-    for key, value in known.items():
-        check_type(f"{file}: {key}", _SCHEDULE_KEYS[key], value)
-    for beta in known.get("trained_betas") or ():
-        check_type(f"{file}: trained_betas", float, beta)
-    kind, steps = known.get("beta_schedule", "linear"), known.get("num_train_timesteps", 1_000)
-    if kind not in BETA_SCHEDULES:
-        raise ValueError(f"{file}: beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {kind!r}")
-    if not 1 <= steps <= MOST_TIMESTEPS:
-        raise ValueError(f"{file}: num_train_timesteps must lie in 1..{MOST_TIMESTEPS:,}, got {steps}")
-    return alphas_bar_of(DDPMScheduler(**known)), prediction
+    known = {field.name for field in dataclasses.fields(_Betas)}
+    betas = read_settings(_Betas, {k: v for k, v in config.items() if k in known}, where=str(file))
+    return alphas_bar_of(DDPMScheduler(**dataclasses.asdict(betas))), prediction
 
 
-_SCHEDULE_KEYS = {
-    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": str, "trained_betas": list | None,
-    "rescale_betas_zero_snr": bool,
-}  # fmt: skip
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-MOST_TIMESTEPS = 100_000
+@dataclasses.dataclass(frozen=True)
+class _Betas:
+    """What the betas of a scheduler depend on, with the defaults of diffusers."""
+
+    num_train_timesteps: int = 1_000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    trained_betas: list[float] | None = None
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_train_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must lie in 1..{MOST_TIMESTEPS:,}, got {self.num_train_timesteps}")
 
 
 def _check_sha256(folder: Path) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from smoothbook.adapters.base import device_of, seeded
 from smoothbook.denoise.chain import DenoisedClassifier, Denoiser
-from smoothbook.settings import check_keywords
+from smoothbook.settings import read_settings
 from smoothbook.training.fit import FitSettings, fit
 from smoothbook.training.losses import Terms
 from smoothbook.training.run import Fitted, Rows
@@ -104,11 +104,7 @@ def load_denoiser(folder: str | Path) -> DnCNN:
     config = read_json(folder / CONFIG, ValueError, kind=str, settings=dict)
     if config["kind"] != "dncnn":
         raise ValueError(f"{folder / CONFIG} is of the kind {config['kind']!r}; known is 'dncnn'")
-    settings = config["settings"]
-    check_keywords(f"{folder / CONFIG}: settings", DnCNN, settings)
-    if not {"channels", "sigma"} <= settings.keys():
-        raise ValueError(f"{folder / CONFIG}: settings must say channels and sigma, got {settings}")
-    denoiser = DnCNN(**settings)
+    denoiser = read_settings(DnCNN, config["settings"], where=f"{folder / CONFIG}: settings")
     try:
         denoiser.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
