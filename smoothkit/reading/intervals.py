@@ -1,6 +1,7 @@
 """How sure a share or a difference of shares is: exact, Wilson, paired, bootstrap."""
 
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 
@@ -84,10 +85,20 @@ def paired_bootstrap(
     if not mine.index.equals(theirs.index):
         raise ValueError("the two tables are not of the same images; a paired comparison needs that")
     apart = (mine - theirs).to_numpy(np.float64)  # [images, quantities]
-    weights = np.random.default_rng(seed).multinomial(len(apart), np.full(len(apart), 1 / len(apart)), size=draws)
-    means = weights @ apart / len(apart)  # [draws, quantities]
+    weights = _kept_weights if len(apart) * draws <= KEPT_WEIGHTS else _weights
+    means = weights(len(apart), draws, seed) @ apart / len(apart)  # [draws, quantities]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return pd.DataFrame({"what": mine.columns, "difference": apart.mean(axis=0), "low": low, "high": high})
+
+
+def _weights(images: int, draws: int, seed: int) -> np.ndarray:
+    """How often each image is drawn: float64 [draws, images]."""
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)
+    return drawn.astype(np.float64)
+
+
+KEPT_WEIGHTS = 10_000_000  # 80 MB at most; to draw them takes longer than all the rest of a comparison
+_kept_weights = functools.lru_cache(maxsize=1)(_weights)
 
 
 def compare(
