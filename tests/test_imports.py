@@ -23,10 +23,10 @@ MODULES_OF = {
     "smoothkit.reading": ["accuracy", "intervals", "dialects", "logs", "alpha", "report", "audit"],
     "smoothbook.adapters": ["base", "lora", "bottleneck", "prompts", "certifying", "black_box"],
     "smoothbook.training": ["attacks", "schedules", "losses", "images", "checkpoint", "run", "fit", "gradient_free", "pilot", "estimates"],
-    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies", "trust"],
+    "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies", "trust", "selection", "scales"],
     "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate"],
     "smoothbook.sigma": [
-        "distances", "ledger", "memory", "search", "table", "sound", "selectors", "reading",
+        "distances", "ledger", "memory", "search", "landscape", "island", "table", "sound", "selectors", "reading",
     ],
     "smoothbook.tables": [
         "settings", "denoisers", "selectors", "build", "table", "studies", "cost", "make", "published", "claims", "summary", "trust",

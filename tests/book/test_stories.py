@@ -3,10 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from scipy.special import ndtr, ndtri
 
-from smoothkit.certify.bounds import radius_cap
+from smoothkit.certify.bounds import clopper_pearson_lower, radius_cap
+from smoothkit.types import round_down
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 A_TEST = re.compile(r"(tests/[\w/]+\.py)::(test_\w+)")
@@ -25,7 +28,9 @@ def test_every_test_that_a_notebook_names_exists(path):
     assert path.stem != "70_scale_and_trust" or len(named) > 20
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in {"00", "70"}], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem[:2] in {"00", "30", "40", "41", "50", "60", "70"}], ids=lambda p: p.stem
+)
 def test_cells_are_short(path):
     long = {text.splitlines()[0]: len(text.splitlines()) for kind, text in cells(path) if kind == "code"}
     assert {head: lines for head, lines in long.items() if lines > LONGEST} == {}
@@ -34,3 +39,12 @@ def test_cells_are_short(path):
 def test_ten_times_the_samples_lift_the_cap_by_less_than_one_sigma():
     """Exercise 3 of 00_start_here, at its alpha."""
     assert all(radius_cap(10 * n, 0.001, 1.0) - radius_cap(n, 0.001, 1.0) < 1 for n in (1_000, 10_000, 100_000))
+
+
+def test_what_the_notebook_on_sigma_selection_states():
+    """The cap at n = 1,000, the end of the released clamp, and the best sigma of the slab at n = 100,000."""
+    assert [round_down(radius_cap(n, 0.001, 1.0), 2) for n in (1_000, 100_000)] == ["2.46", "3.81"]
+    assert [round(float(ndtri(1 - clamp)), 2) for clamp in (0.02, 0.001)] == [2.05, 3.09]
+    sigma, n = np.linspace(0.05, 1.4, 271), 100_000
+    votes = np.floor(n * (2 * ndtr(1 / sigma) - 1)).astype(np.int64)
+    assert sigma[(sigma * ndtri(clopper_pearson_lower(votes, n, 0.001))).argmax()] == pytest.approx(0.3, abs=0.05)

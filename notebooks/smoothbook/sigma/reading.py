@@ -130,3 +130,22 @@ def best_of_grid(
     }
     by = "average certified radius" if at is None else f"certified accuracy at {at:g}"
     return GlobalSigma(max(scores, key=scores.get), scores, by)
+
+
+def selector_in_words(table: pd.DataFrame) -> str:
+    """Which sigmas a table of certificates has: each with its images if they are few, else their range.
+
+    Of a sound selector also the share of its answers whose radius is limited by R_sigma and not by the class's own, and the
+    median of R_sigma over them.
+    """
+    counts = table["sigma"].value_counts().sort_index()
+    if len(counts) <= 5:
+        said = "sigma " + ", ".join(f"{s:g} ({k} images)" for s, k in counts.items())
+    else:
+        low, middle, high = table["sigma"].min(), table["sigma"].median(), table["sigma"].max()
+        said = f"sigma from {low:.2f} to {high:.2f}, median {middle:.2f}"
+    if "sigma_radius" not in table:
+        return said
+    answered = table[table["predict"] != ABSTAIN]
+    limited = answered["sigma_radius"] < answered["class_radius"]
+    return f"{said}; R_sigma limits {limited.mean():.0%} of {len(answered)} answers, its median is {answered['sigma_radius'].median():.2f}"
