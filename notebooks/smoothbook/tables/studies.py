@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 
 from smoothbook.tables.table import Table
-from smoothkit.reading import average_certified_radius, certified_accuracy, compare
-from smoothkit.types import round_down
+from smoothkit.reading import certified_accuracy, compare
 
 Curves = Mapping[str, pd.DataFrame]  # certificate tables by title
 
@@ -41,16 +40,6 @@ def curves_of(
 def records_beside(curves: Curves, image_ids: Iterable[int]) -> dict[str, pd.DataFrame]:
     """The certificates of these images alone, as "TITLE, record", to stand beside what was certified live."""
     return {f"{title}, record": table[table["image_id"].isin(image_ids)] for title, table in curves.items()}
-
-
-def accuracies(curves: Curves, radii: Sequence[float]) -> pd.DataFrame:
-    """Certified accuracy at each radius ("0.25") and ACR, rounded down to three digits, a line a title."""
-    lines = {
-        title: {f"{r:g}": f"{share:.3f}" for r, share in zip(radii, certified_accuracy(table, radii), strict=True)}
-        | {"ACR": round_down(average_certified_radius(table)), "images": len(table)}
-        for title, table in curves.items()
-    }
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("certified accuracy at")
 
 
 # --- differences -------------------------------------------------------------------------------------

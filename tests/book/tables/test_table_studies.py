@@ -33,11 +33,6 @@ def test_records_beside_live_certificates_are_of_the_same_images():
     assert list(beside) == ["a, record"] and beside["a, record"].radius.tolist() == [0.1, 0.3]
 
 
-def test_accuracies_count_errors_and_round_acr_down():
-    shown = studies.accuracies({"a": certificates([0.1, 0.3, 0.9999], [True, True, False])}, [0.0, 0.25])
-    assert shown.loc["a"].tolist() == ["0.667", "0.333", "0.133", 3]  # (0.1 + 0.3) / 3 = 0.1333...
-
-
 def test_differences_at_each_sigma():
     low, high = certificates([0.1] * 20), certificates([0.4] * 20)
     curves = {0.25: {"low": low, "high": high}, 0.5: {"high": high}, 1.0: {"low": low, "high": low}}
