@@ -24,7 +24,7 @@ MODULES_OF = {
     "smoothbook.adapters": ["base", "lora", "bottleneck", "prompts", "certifying", "black_box"],
     "smoothbook.training": ["attacks", "schedules", "losses", "images", "checkpoint", "run", "fit", "gradient_free", "pilot", "estimates"],
     "smoothbook.figures": ["style", "show", "pictures", "curves", "bars", "studies", "trust", "selection", "scales"],
-    "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate"],
+    "smoothbook.denoise": ["chain", "diffusion", "trained", "calibrate", "measure"],
     "smoothbook.sigma": [
         "distances", "ledger", "memory", "search", "landscape", "island", "table", "sound", "selectors", "reading",
     ],
