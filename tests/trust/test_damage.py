@@ -302,3 +302,19 @@ def test_json_of_another_shape_is_named(name, tmp_path, monkeypatch):
         path.write_text(json.dumps(changed))
         found += named(path, read, error, surely=False)
     assert found, "any shape will do"
+
+
+@pytest.mark.parametrize(
+    "needle", [b"smoothkit", b"image_id", b'"fingerprint": "f"', b"sha256", b"compute_batch", b"PAR1"]
+)
+def test_names_and_metadata_of_a_part_that_are_no_text(needle, tmp_path):
+    """Outside the pages, where no page checksum sees it: each byte in turn becomes one that no text has."""
+    path, read, error = part(tmp_path)
+    whole, known = path.read_bytes(), read()[2]
+    found = [i for i in range(len(whole)) if whole.startswith(needle, i)]
+    assert found
+    for place in found:
+        for byte in range(place, min(place + len(needle) + 70, len(whole))):  # the name, and what it stands for
+            path.write_bytes(flipped(whole, byte, 7))
+            if not named(path, read, error, surely=False):
+                assert read()[2].equals(known)
