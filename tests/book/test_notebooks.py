@@ -1,5 +1,6 @@
 """Every notebook, executed by papermill at the smoke preset."""
 
+import ast
 import json
 
 import pandas as pd
@@ -18,6 +19,7 @@ def test_every_notebook_has_a_preset_and_every_preset_fits():
         assert set(load_preset(preset)) <= set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_at_the_smoke_preset(name, tmp_path):
     said = []
@@ -37,9 +39,8 @@ def test_notebook_runs_at_the_smoke_preset(name, tmp_path):
 def test_figure_names_are_used_once():
     names = []
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        source = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-        names += [
-            part.split('"')[1]
-            for part in source.replace("figures.show_print(", "figures.show(").split("figures.show(")[1:]
-        ]
-    assert len(names) >= 8 and len(names) == len(set(names))
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        calls = [x for cell in cells for x in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(x, ast.Call)]
+        shown = [x for x in calls if ast.unparse(x.func) in {"figures.show", "figures.show_print"}]
+        names += [ast.unparse(x.args[1]) for x in shown]  # after the figure
+    assert len(names) >= 70 and len(names) == len(set(names))

@@ -1,9 +1,13 @@
 """What was tried to break the package, as its results are kept in data/trust: for reading."""
 
+import math
+
 import pandas as pd
 
 from smoothbook.tables.table import data_folder
 from smoothkit.records import read_json
+
+SLACK = 1e-9  # of sums of float64 probabilities, as the referee allows
 
 
 def trust_result(name: str) -> dict | None:
@@ -33,7 +37,7 @@ def rules_refereed(found: dict) -> pd.DataFrame:
     lines = []
     for rule, part in pd.DataFrame(found["rules"]).groupby("rule", sort=False):
         worst = part.loc[part["of alpha"].idxmax()]
-        share = -(-worst["of alpha"] * 10_000 // 1) / 10_000
+        share = math.ceil((worst["of alpha"] - SLACK) * 10_000) / 10_000
         lines.append((rule, len(part), f"{share:.4f}", worst["case"], "yes" if part["held"].all() else "NO"))
     return pd.DataFrame(lines, columns=["rule", "checks", "worst of alpha", "at", "held"])
 

@@ -12,6 +12,7 @@ REFEREE = {
     "rules": [
         {"rule": "fixed", "case": "n = 12", "alpha": 0.1, "chance": 0.05, "of alpha": 0.5, "held": True},
         {"rule": "fixed", "case": "n = 100", "alpha": 0.1, "chance": 0.0999912, "of alpha": 0.999912, "held": True},
+        {"rule": "predict", "case": "n = 40", "alpha": 0.1, "chance": 0.1, "of alpha": 1 + 1e-12, "held": True},
         {"rule": "kt", "case": "radius 0", "alpha": 0.1, "chance": 0.11, "of alpha": 1.1, "held": False},
     ],
     "attacks": [{"attack": "a seed", "about": "Known beforehand.", "held": True}],
