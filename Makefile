@@ -10,13 +10,16 @@ WORKERS ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: run test test-browser lab docs figures records starters lock audits faults coverage referee fuzz scale versions readme lint format clean help
+.PHONY: run test test-fast test-browser lab docs figures records starters lock audits faults coverage referee fuzz scale versions readme lint format clean help
 
 run: $(READY)
 	$(BIN)/smoothkit run $(NOTEBOOKS) --preset $(PRESET) --jobs $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --junitxml=runs/tests.xml
+
+test-fast: $(READY)  # without what is marked slow: notebooks, browsers, fuzz, faults and the slowest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-browser: $(READY)
 	SMOOTHKIT_BROWSER_TESTS=1 $(BIN)/python -m pytest -rs tests/browser
@@ -78,6 +81,7 @@ clean:
 help:
 	@echo "make run [PRESET=digits] [JOBS=1] [NOTEBOOKS='00 10']   execute them, build runs/PRESET/index.html"
 	@echo "make test                           all tests"
+	@echo "make test-fast                      all but notebooks, browsers, fuzz, faults and the slowest: about two minutes"
 	@echo "make test-browser                   JupyterLab in Chromium: notebooks 00 and 50, sliders, a reload; minutes"
 	@echo "make lab                            JupyterLab on notebooks/"
 	@echo "make docs                           the API reference from the docstrings: runs/docs/index.html, linked from the gallery"

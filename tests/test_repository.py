@@ -81,6 +81,7 @@ def test_notebooks_are_stripped_and_have_their_anatomy(path):
     assert solutions and all(s.source.startswith("# Solution") and s.metadata.jupyter.source_hidden for s in solutions)
 
 
+@pytest.mark.slow
 def test_nbstripout_finds_nothing_to_strip():
     done = subprocess.run(
         [sys.executable, "-m", "nbstripout", "--verify", *map(str, NOTEBOOKS)], capture_output=True, text=True
@@ -115,6 +116,7 @@ def test_committed_data_is_what_its_readme_says():
     assert all(p.stat().st_size < 8_000_000 for p in (ROOT / "data").rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_readme_tables_and_figure_come_from_records():
     done = subprocess.run(
         [sys.executable, str(ROOT / "data" / "make_readme.py"), "--check"], capture_output=True, text=True

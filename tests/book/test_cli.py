@@ -76,6 +76,7 @@ def test_warnings_about_logs_go_to_standard_error(tmp_path):
     assert "smoothkit: warning:" in done.stderr and "line 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_claims(capsys):
     assert main(["claims", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -177,6 +178,7 @@ def test_usage_errors(arguments):
     assert done.returncode == 2 and "usage: smoothkit" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly(tmp_path):
     """An interrupt in the middle: status 130, one sentence, and what was done is kept."""
     out = tmp_path / "r"

@@ -197,6 +197,7 @@ def check_radii(p_a_lower: np.ndarray, sigma: float) -> None:
                 assert mpmath.erfc(r / root) >= 2 * (1 - mpmath.mpf(p))
 
 
+@pytest.mark.slow
 def test_no_bound_or_radius_on_the_wrong_side_at_the_edges():
     n, k, alpha = edge_cases()
     in_full = n <= 10_000

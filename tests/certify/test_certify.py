@@ -22,6 +22,7 @@ def votes(*counts, n=None) -> Votes:
 # --- soundness -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["float", "grid:255"])
 @pytest.mark.parametrize("margin", [1.0, 1.5, 2.0])  # in units of sigma
 def test_linear_classifier_is_certified_at_its_true_radius(linear, noise, margin):

@@ -235,6 +235,7 @@ def test_boundaries_agree_with_the_bound():
     assert clopper_pearson_count(np.array([5]), 0.999, 0.001).tolist() == [6]  # out of reach
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [0.8, 1.5])
 def test_half_space_is_never_certified_beyond_its_distance(linear, margin):
     sigma = 0.25
@@ -413,6 +414,7 @@ def test_looks():
     assert sequential_rule([0.5], n_max=20_000, kind="staged").looks == (100, 1_000, 10_000, 20_000)
 
 
+@pytest.mark.slow
 def test_digits_are_decided_as_by_many_samples_with_far_fewer(starter, digits):
     from conftest import ROOT
 
@@ -428,6 +430,7 @@ def test_digits_are_decided_as_by_many_samples_with_far_fewer(starter, digits):
     assert set(table["radius"]) <= {0.0, *radii} and (table["predict"][table["radius"] == 0] == ABSTAIN).all()
 
 
+@pytest.mark.slow
 def test_submissions_and_interruptions_change_nothing(starter, digits, tmp_path):
     smoothed, images = Smoothed(starter, 0.25), digits.take("range:6:12")
     settings = dict(radii=[0.25, 0.5], n_max=1_000, seed=3, progress=False)
@@ -445,6 +448,7 @@ def test_submissions_and_interruptions_change_nothing(starter, digits, tmp_path)
     assert len(sampled(smoothed, images, out=tmp_path / "r", **settings).parts()) == parts
 
 
+@pytest.mark.slow
 def test_a_part_moved_away_is_sampled_again(starter, digits, tmp_path, monkeypatch):
     """A gap in the middle: what lies behind it does not count until the gap is filled, and then all is as before."""
     from smoothkit.sampling import run

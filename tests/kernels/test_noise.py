@@ -377,6 +377,7 @@ def test_noisy_rows_compiles(layout):
         assert same(out, row_by_row(out, **given)) and torch.allclose(sums, out.sum(dim=(1, 2, 3)))
 
 
+@pytest.mark.slow
 def test_without_triton_the_cpu_makes_the_noise_of_a_cuda_device():
     code = (
         "import sys\nsys.modules['triton'] = None\n"

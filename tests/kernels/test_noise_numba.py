@@ -257,6 +257,7 @@ def digest() -> str:
     return digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["no numba", "SMOOTHKIT_NO_KERNELS"])
 def test_the_bits_are_the_same_without_numba(digest, how):
     out, said = (
@@ -266,6 +267,7 @@ def test_the_bits_are_the_same_without_numba(digest, how):
     assert (backend, slow, said) == ("numpy", digest, "")
 
 
+@pytest.mark.slow
 def test_numba_that_does_not_compile_is_said_once(digest):
     out, said = run(DIGEST, NUMBA_DISABLE_JIT="1")
     backend, _, slow = out.split()
@@ -285,6 +287,7 @@ def test_other_bits_are_noticed(dtype, monkeypatch):
         assert noise._kernels.__wrapped__(torch.device("cpu")) is None
 
 
+@pytest.mark.slow
 def test_nowhere_to_cache(tmp_path):
     """The compiled code is kept where it can be; where nothing can be written, it is compiled again and works."""
     shutil.copytree(ROOT / "smoothkit", tmp_path / "smoothkit", ignore=shutil.ignore_patterns("__pycache__"))
@@ -319,6 +322,7 @@ def test_nowhere_to_cache(tmp_path):
     assert loaded(cache)[1] == 0
 
 
+@pytest.mark.slow
 def test_small_images_stay_with_numpy():
     """Below 1,024 values the noise is a small share of any forward pass, and numba is not even loaded."""
     code = (

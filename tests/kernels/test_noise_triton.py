@@ -43,6 +43,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 def test_interpreted():
     """All cases in one process, as it takes seconds to start."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -190,6 +191,7 @@ def ptx(fusion: bool, cache) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_compiles_for_sm_90_without_fused_operations(tmp_path):
     built = ptx(False, tmp_path)
     assert all(int(size) > 1000 for size in re.findall(r"^cubin (\d+)", built, re.M)) and built.count("cubin ") == 2

@@ -108,6 +108,7 @@ def test_add_votes_compiles():
     assert torch.equal(counts, one_by_one(torch.zeros_like(counts), logits, slots)) and total == counts.sum()
 
 
+@pytest.mark.slow
 def test_without_triton_plain_torch_counts():
     code = (
         "import sys\nsys.modules['triton'] = None\n"

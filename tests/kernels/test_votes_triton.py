@@ -21,6 +21,7 @@ SIZES = [(classes, batch) for classes in (1, 2, 7, 10) for batch in (0, 1, 63, 1
 SIZES += [(1000, 20), (1001, 11), (21843, 10)]
 
 
+@pytest.mark.slow
 def test_interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
@@ -62,6 +63,7 @@ for kind, classes in (("fp32", 16), ("bf16", 1024)):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_sm_90(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}

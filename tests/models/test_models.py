@@ -100,6 +100,7 @@ def test_timm_by_name_with_random_weights():
     assert "goldfish" in named.class_names[1] and named.size is not None
 
 
+@pytest.mark.slow
 def test_hub_cache_without_network(tmp_path):
     """A local hub cache in the hub's own layout, with HF_HUB_OFFLINE=1, in a process of its own."""
     snapshot = tmp_path / "hub" / "models--smooth--digits" / "snapshots" / ("0" * 40)

@@ -83,6 +83,7 @@ def test_tasks_without_samples(start, stop):
         Task(0, Purpose.SELECT, start, stop)
 
 
+@pytest.mark.slow
 def test_submissions_of_1_7_and_256_images_give_equal_votes(starter, digits):
     """The whole, pieces of 7, and single images; each piece a run of its own."""
     smoothed = Smoothed(starter, 0.25)
@@ -159,6 +160,7 @@ def sample(out, folder=None):
 """
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_identical_counts(tmp_path, monkeypatch):
     folder = tmp_path / "killed"
     command = f"{KILLED}\nsample(sys.argv[1], Path(sys.argv[1]))"
@@ -372,6 +374,7 @@ def test_provenance_names_no_machine(starter, digits, tmp_path, monkeypatch):
     assert str(ROOT) not in text and str(tmp_path) not in text and "machine-of-somebody" not in text
 
 
+@pytest.mark.slow
 def test_without_triton_numba_and_a_compiler(tmp_path):
     """A process in which they cannot be imported or found certifies the same."""
     code = (

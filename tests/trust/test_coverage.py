@@ -28,6 +28,7 @@ def test_it_would_notice(monkeypatch):
     assert any(not r["kept"] for r in fixed(np.random.default_rng(0), 400))
 
 
+@pytest.mark.slow
 def test_an_attack_stays_inside_and_would_be_noticed(monkeypatch):
     found = attacks(2, 8, steps=4, samples=200)
     assert found["successes"] == 0 and 0.5 < found["largest_used_of_radius"] < 1 and found["upper"] < 1

@@ -11,12 +11,14 @@ from smoothkit.records import format
 from smoothkit.records import record as records
 
 
+@pytest.mark.slow
 def test_faults_of_every_kind_are_survived(tmp_path):
     found = run(len(FAULTS), 0, tmp_path, seed=4)
     assert [t for t in found if t["problem"]] == []
     assert {t["kind"] for t in found} == set(FAULTS) and any(t["again"] for t in found)
 
 
+@pytest.mark.slow
 def test_the_harness_notices_what_is_lost(tmp_path, monkeypatch):
     """With checksums that are never compared, a flipped bit goes unnoticed; the harness finds that."""
     from inject_faults import Bench, certify, counts

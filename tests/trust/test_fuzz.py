@@ -18,6 +18,7 @@ from smoothkit.reading import LogError, dialects, read_log
 from smoothkit.records import RecordError, create_record, open_record
 
 
+@pytest.mark.slow
 def test_mutated_logs_are_read_as_the_slow_reader_does():
     found = fuzz_logs(150, seed=5)
     assert found["wrong"] == [] and found["read"] > 40 and found["refused"] > 20
@@ -33,6 +34,7 @@ def test_the_fuzzer_would_notice(monkeypatch, tmp_path):
     assert "instead of" in difference(log, tmp_path / "log")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PROPERTIES if name != "command_lines"])
 def test_properties_of_public_functions(name):
     before = TRIED[name]
@@ -110,6 +112,7 @@ def test_every_public_callable_is_exercised_by_a_property():
     assert left == set(WITHOUT_PROPERTY)
 
 
+@pytest.mark.slow
 def test_command_lines():
     before = TRIED["command_lines"]
     PROPERTIES["command_lines"](15)

@@ -53,6 +53,7 @@ def test_the_gallery_escapes_everything_it_shows(tmp_path):
     assert json.loads(data)["layout"] == layout
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_unless_a_source_is_named(tmp_path):
     """Loading what the notebooks load by default, with every way out closed."""
     closed = (

@@ -113,6 +113,7 @@ def cluster():
         yield running
 
 
+@pytest.mark.slow
 def test_dask_with_a_worker_killed(cluster, images, small_units, tmp_path):
     expected = counts(sample(images))
     with distributed.Client(cluster) as client:
@@ -122,6 +123,7 @@ def test_dask_with_a_worker_killed(cluster, images, small_units, tmp_path):
     assert counts(record) == expected
 
 
+@pytest.mark.slow
 def test_the_command_on_a_cluster(cluster, tmp_path, capsys):
     command = ["certify", "--model", "starter:digits-vit-0.25", "--data", "digits", "--sigma", "0.25", "--n", "200",
                "--subset", "first:3", "--no-compile", "--out"]  # fmt: skip

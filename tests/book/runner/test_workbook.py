@@ -108,6 +108,7 @@ def test_jobs_are_checked(source, tmp_path):
 # --- a run ---
 
 
+@pytest.mark.slow
 def test_summary_and_lines(run):
     summary, lines = run
     good, fails = summary.results
@@ -119,6 +120,7 @@ def test_summary_and_lines(run):
     assert len(lines) == 4
 
 
+@pytest.mark.slow
 def test_executed_notebooks_are_kept_without_machine_paths(run):
     summary, _ = run
     good = nbformat.read(summary.out / "notebooks/00_good.ipynb", as_version=4)
@@ -133,6 +135,7 @@ def test_executed_notebooks_are_kept_without_machine_paths(run):
             assert machine not in path.read_text(), (path.name, machine)
 
 
+@pytest.mark.slow
 def test_figures_are_kept_with_their_notebook(run):
     summary, _ = run
     about = json.loads((summary.out / "figures/line.json").read_text())
@@ -140,6 +143,7 @@ def test_figures_are_kept_with_their_notebook(run):
     assert (summary.out / "figures/line.csv").read_text().splitlines()[0] == "trace,x,y"
 
 
+@pytest.mark.slow
 def test_index_shows_everything(run):
     summary, _ = run
     page = summary.index.read_text()
@@ -149,6 +153,7 @@ def test_index_shows_everything(run):
     assert "preset <b>digits</b>" in page and "plotly 7" in page
 
 
+@pytest.mark.slow
 def test_no_page_needs_the_network(run):
     summary, _ = run
     pages = list(summary.out.rglob("*.html"))
@@ -163,6 +168,7 @@ def test_no_page_needs_the_network(run):
     assert len(list(summary.out.rglob("plotly*.js"))) == 1
 
 
+@pytest.mark.slow
 def test_notebook_page_draws_plotly_and_formulas(run):
     summary, _ = run
     page = (summary.out / "notebooks/00_good.html").read_text()
@@ -173,6 +179,7 @@ def test_notebook_page_draws_plotly_and_formulas(run):
     assert len(page) < 1_000_000
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_the_home_folder(source, tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
@@ -185,6 +192,7 @@ def test_nothing_is_written_to_the_home_folder(source, tmp_path, monkeypatch):
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_partial_run_keeps_the_others_and_forgets_old_figures(run, source):
     summary, _ = run
     stale = summary.out / "figures/stale.json"
@@ -203,6 +211,7 @@ def test_a_partial_run_keeps_the_others_and_forgets_old_figures(run, source):
     assert not stale.exists()
 
 
+@pytest.mark.slow
 def test_timeout_stops_one_notebook(source, tmp_path):
     summary = workbook.run_notebooks("20_slow", out=tmp_path, timeout=4, log=lambda line: None, source=source)
     (slow,) = summary.results
@@ -221,6 +230,7 @@ def running_under(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left-over processes in /proc")
 def test_ctrl_c_leaves_a_gallery_and_no_kernel(source, tmp_path):
     code = (

@@ -17,6 +17,7 @@ def test_budgets_are_equal():
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", sorted({row.sigma for row in ROWS.values()}))
 def test_what_the_rows_show_at_a_quarter(sigma):
     curves = TABLE.certificates(sigma=sigma)

@@ -293,6 +293,7 @@ def chain(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_rows_are_made_from_other_rows(chain):
     table = tables.open("mine:short", data=chain)
     frame = table.frame().set_index("name")

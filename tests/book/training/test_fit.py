@@ -73,6 +73,7 @@ def without_seconds(rows):
 # --- learning --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
