@@ -22,9 +22,9 @@ REFEREE = {
 def test_the_worst_of_every_rule_is_shown_and_rounded_up():
     shown = trust.rules_refereed(REFEREE)
     assert shown.to_numpy().tolist() == [
-        ["fixed", 2, "1.0000", "n = 100", "yes"],
+        ["fixed", 2, "1.0000", "n = 100", "yes"], ["predict", 1, "1.0000", "n = 40", "yes"],
         ["kt", 1, "1.1000", "radius 0", "NO"],
-    ]
+    ]  # fmt: skip
     assert trust.attacks_refereed(REFEREE).to_numpy().tolist() == [["a seed", "Known beforehand.", "yes"]]
 
 
