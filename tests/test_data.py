@@ -114,7 +114,8 @@ def test_points_around_a_checked_image_may_leave_the_range():
 def test_arrays(digits):
     images = data.from_arrays(digits.batch(0, 3), digits.labels[:3], grid=16)
     assert len(images) == 3 and torch.equal(images[1], digits[1])
-    assert images.ids == tuple(int(digits.digest(i), 16) for i in range(3))
+    assert images.ids == tuple(int(digits.digest(i, 56), 16) for i in range(3))
+    assert len(digits.digest(0)) == 32 and digits.digest(0)[:14] != digits.digest(0, 56)
     with pytest.raises(ValueError, match=r"labels must have shape \(3,\)"):
         data.from_arrays(digits.batch(0, 3), [1, 2])
     with pytest.raises(ValueError, match="values lie off it"):

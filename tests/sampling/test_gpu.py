@@ -31,7 +31,9 @@ class FewPixels(nn.Module):
 
 
 def votes_on(device: str, **settings) -> list[list[int]]:
-    stream = VoteStream(FewPixels(), images(3), sigma=0.5, seed=1, noise="grid:255", batch=256, device=device, **settings)
+    stream = VoteStream(
+        FewPixels(), images(3), sigma=0.5, seed=1, noise="grid:255", batch=256, device=device, **settings
+    )
     tasks = [Task(i, Purpose.ESTIMATE, 0, 3_000) for i in range(3)]  # enough for a graph to be recorded
     assert GRAPH_AFTER < 9_000 / 256
     return [counts.tolist() for _, counts, _ in stream.run(tasks)]

@@ -43,6 +43,7 @@ from smoothkit.records import Identity, Row, create_record
 from smoothkit.types import (
     ABSTAIN,
     Certificate,
+    NoiseForm,
     StoppingRule,
     Votes,
     block_edges,
@@ -64,6 +65,8 @@ def clopper_pearson_is_ordered(k, n, alpha):
 def radius_is_never_negative(p, sigma):
     r = float(bounds.radius(p, sigma))
     assert math.isfinite(r) and r >= 0 and (p > 0.5 or r == 0)
+    assert all(0 < bounds.sigma_of_proof(sigma, form) <= sigma for form in (NoiseForm(None), NoiseForm(255)))
+    assert 0 <= bounds.radius_for_all(r, 64, 255) <= r
 
 
 @holds(st.integers(-1, 500), st.integers(200, 2_000), alphas)
