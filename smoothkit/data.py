@@ -21,12 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smoothkit.kernels.philox import DIGEST_BITS, IMAGE_ID_BITS, content_digest, image_id, off_grid
+from smoothkit.kernels.philox import DIGEST_BITS, IMAGE_ID_BITS, OFF_GRID, content_digest, image_id, off_grid
 from smoothkit.records.format import parse_json
 
 SOURCES = ("digits", "cifar10", "tiny-imagenet-32", "imagenet", "folder:PATH", "parquet:PATH")
 UNLABELLED = -1
-OFF_GRID = 1e-3  # steps; more than float32 images of a grid are off it
 LARGEST = 20_000  # pixels of a side
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

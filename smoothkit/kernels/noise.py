@@ -33,9 +33,11 @@ from torch import Tensor
 from smoothkit.kernels.philox import (
     MAX_PIXELS,
     MAX_SAMPLE,
+    OFF_GRID,
     Purpose,
     counter_word,
     normals,
+    off_grid,
     rows_of_one_image,
     signed_bits,
 )
@@ -197,10 +199,14 @@ def noisy_copies(
     Raises
     ------
     ValueError
-        If `grid` is below 1, or an argument does not fit into its bits of the counter.
+        If `grid` is below 1 or the image is not on it, or an argument does not fit into its bits of the counter.
     """
     if grid is not None and grid < 1:
         raise ValueError(f"grid must be a number of steps of at least 1, or None for float noise, got {grid}")
+    if grid is not None and (off := off_grid(image, grid)) > OFF_GRID:
+        raise ValueError(
+            f"the image has values up to {off:.3f} steps off the 1/{grid} grid; use grid=None for float noise"
+        )
     pixels = image.detach().cpu().reshape(-1).numpy()
     rows = rows_of_one_image(pixels.size, seed=seed, purpose=purpose, image_id=image_id, start=start, stop=stop)
     return _copies(pixels, rows, noise_scale(sigma, grid), seed, grid or 0).reshape(stop - start, *image.shape)

@@ -16,6 +16,7 @@ MAX_PIXELS = 4 * 2**24
 MAX_SAMPLE = 2**40
 IMAGE_ID_BITS = 56
 DIGEST_BITS = 128
+OFF_GRID = 1e-3  # steps; more than float32 images of a grid are off it
 
 
 class Purpose(enum.IntEnum):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smoothkit.data import OFF_GRID, Images
+from smoothkit.data import Images
 from smoothkit.kernels.noise import load_kernels, noise_scale
 from smoothkit.kernels.noise_exact import exact_noisy_copies
-from smoothkit.kernels.philox import DIGEST_BITS, Purpose, content_digest, off_grid
+from smoothkit.kernels.philox import DIGEST_BITS, OFF_GRID, Purpose, content_digest, off_grid
 from smoothkit.records.format import ESTIMATE, SELECT
 from smoothkit.sampling.batches import ImagesAtHand, Plan, Step, Task, plans
 from smoothkit.sampling.forward import COMPILE_AFTER, WORTH, Forward, now, prepare

@@ -154,12 +154,18 @@ def copies_by_hand(image: torch.Tensor, *, sigma: float, grid: int | None, **cou
 @pytest.mark.parametrize("num_pixels", [27, 1200])
 def test_images_of_other_types(num_pixels, dtype):
     """Where NumPy adds float32 noise to them as float64, the copies are float64."""
-    image = (torch.rand(3, num_pixels // 3, 1) * 3).to(getattr(torch, dtype))
-    for grid in (None, 255):
+    image = (torch.randint(0, 769, (3, num_pixels // 3, 1)) / 256).to(getattr(torch, dtype))
+    for grid in (None, 256):
         settings = dict(sigma=0.25, grid=grid, seed=1, purpose=Purpose.TRAIN, image_id=1, start=0, stop=8)
         noisy = noise.noisy_copies(image, **settings)
         assert noisy.dtype == (torch.float64 if dtype in ("float64", "int64") else torch.float32)
         assert torch.equal(noisy, copies_by_hand(image, **settings))
+
+
+def test_an_image_off_the_grid_is_refused():
+    settings = dict(sigma=0.25, grid=255, seed=1, purpose=Purpose.TRAIN, image_id=1, start=0, stop=8)
+    with pytest.raises(ValueError, match=r"0.400 steps off the 1/255 grid; use grid=None"):
+        noise.noisy_copies(torch.full((1, 2, 2), 140.4 / 255), **settings)
 
 
 def test_images_in_any_layout():
