@@ -387,6 +387,25 @@ def test_sampling_stops_where_the_cascade_does(digits, starter, tmp_path):
         sample_cascade(bases, images, n0=10, n=10, progress=False)
 
 
+def test_images_do_not_choose_how_alpha_is_shared(digits, starter):
+    """Records of a sampled cascade know its scales: K is that of the cascade, not of the scales that images came to."""
+    bases = dict.fromkeys((0.12, 0.25, 0.5), starter)
+    few = sample_cascade(bases, digits.take("first:1"), n0=20, n=400, progress=False)
+    asked = {0.5: few[0.5]}  # as if every image had been decided at the largest scale
+    assert few[0.5].identity.scales == (0.12, 0.25, 0.5)
+    table = cascade_certificates(asked, rule="cascade")
+    assert (table["alpha_statement"] == alpha_per_statement(0.001, 3)).all()
+    with pytest.raises(RecordError, match="were sampled for the scales"):
+        cascade_certificates(asked, rule="cascade", sigmas=(0.25, 0.5))
+
+
+def test_the_released_rule_states_what_is_proved():
+    records = {0.25: record_of(0.25, SMALL), 1.0: record_of(1.0, LARGE)}
+    alpha = records[0.25].stopping_rule.alpha
+    stated = {rule: set(cascade_certificates(records, rule=rule)["alpha"]) for rule in ("cascade", "released")}
+    assert stated == {"cascade": {alpha}, "released": {2 * alpha}}
+
+
 def test_error_rates():
     records = {0.25: record_of(0.25, SMALL), 1.0: record_of(1.0, LARGE)}
     table = error_rates(records).set_index("sigma")

@@ -4,6 +4,7 @@ The released logs are read where SMOOTHKIT_DATA says; those tests skip where it 
 """
 
 import csv
+import dataclasses
 import datetime
 import io
 import itertools
@@ -212,6 +213,19 @@ def test_a_zip_is_to_be_unpacked(tmp_path):
 
 
 # --- reports -------------------------------------------------------------------------------------------
+
+
+def test_two_rules_on_one_seed_are_pointed_out(record_path, tmp_path):
+    """Whoever takes the better claim of two rules that read the same draws errs with up to twice alpha."""
+    known = records.open_record(record_path)
+    rule = StoppingRule(n0=100, n=100, alpha=0.001)
+    other = records.create_record(tmp_path / "other", dataclasses.replace(known.identity, stopping_rule=rule))
+    rows = known.rows()
+    part = rows[(rows["purpose"] == records.SELECT) | (rows["stop"] <= 100)]
+    other.append([records.Row(**row) for row in part.to_dict("records")], {"compute_batch": 1})
+    warned = report([record_path, other.path], [0.0]).attrs["warnings"]
+    assert any("two rules on one seed share their draws" in text for text in warned)
+    assert not any("share their draws" in text for text in report([record_path, record_path], [0.0]).attrs["warnings"])
 
 
 def test_report_of_a_record_and_a_log(record_path, log_path):
