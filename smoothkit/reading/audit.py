@@ -27,7 +27,7 @@ from smoothkit.records.record import Record, open_record
 from smoothkit.types import ABSTAIN, NoiseForm, StoppingRule, block_edges, check_sigma, round_down
 
 if TYPE_CHECKING:
-    from smoothkit.data import Images
+    from smoothkit.data import Images  # it brings torch; so do the imports inside functions here: reading needs none
 
 PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
 EXIT = {PASSED: 0, FAILED: 1, NOT_CHECKED: 3}  # 2 is bad input, as of every command

@@ -9,20 +9,17 @@ import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from smoothkit.certify.table import certificates
 from smoothkit.reading.accuracy import _right, average_certified_radius, certified_accuracy
 from smoothkit.reading.alpha import infer_alpha
 from smoothkit.reading.logs import read_log
+from smoothkit.records.format import Identity
+from smoothkit.records.record import Record, open_record
 from smoothkit.types import ABSTAIN, check_alpha, round_down
-
-if TYPE_CHECKING:
-    from smoothkit.records.format import Identity
-    from smoothkit.records.record import Record
-
 
 SHARED_DRAWS = (
     "two rules on one seed share their draws; whoever takes the better of the two claims errs with up to twice alpha"
@@ -54,7 +51,7 @@ class Result:
     n: int | None
     alpha_text: str
     warnings: tuple[str, ...]
-    identity: "Identity | None" = None  # of a record
+    identity: Identity | None = None  # of a record
 
 
 def load_result(
@@ -106,9 +103,6 @@ def _folder_without_record(path: Path) -> str:
 
 
 def _from_record(path: Path, alpha: float | None) -> Result:
-    from smoothkit.certify.table import certificates
-    from smoothkit.records.record import open_record
-
     record = open_record(path)
     table = certificates(record, alpha=alpha)
     rule = record.stopping_rule
@@ -157,7 +151,7 @@ def _from_log(path: Path, alpha: float | None, *, sigma: float | None, n: int, c
     )
 
 
-def about_records(records: Sequence["Record"], alpha: float | None = None) -> str:
+def about_records(records: Sequence[Record], alpha: float | None = None) -> str:
     """Data, base classifier, sigma, n0, n, alpha, noise and date of one or more vote records in a line, for a caption.
 
     What the records share is said once; what differs stands with each record's name.
@@ -174,7 +168,7 @@ def about_records(records: Sequence["Record"], alpha: float | None = None) -> st
     return f"{', '.join(shared)}; record{'s' if len(own) > 1 else ''} {', '.join(own)}"
 
 
-def _about(record: "Record", alpha: float | None) -> list[str]:
+def _about(record: Record, alpha: float | None) -> list[str]:
     known, rule = record.identity, record.stopping_rule
     sampled = record.sampled()[:10]
     return [
