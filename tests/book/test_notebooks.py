@@ -2,15 +2,44 @@
 
 import ast
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 
+from smoothbook.runner import run
 from smoothbook.runner.notebooks import load_preset, notebook_names, presets
-from smoothbook.runner.run import run_notebooks
 
 NAMES = notebook_names()
+WARM = Path(__file__).with_name("warm_kernel.py")
+
+
+@pytest.fixture(scope="session")
+def warm_kernels(tmp_path_factory):
+    """Where processes can be forked, kernels come from one that has imported what takes long; else as everywhere."""
+    if sys.platform != "linux":
+        yield
+        return
+    folder = tmp_path_factory.mktemp("warm")
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:  # names of sockets are short
+        socket = str(Path(short) / "s")
+        argv = [sys.executable, str(WARM), "ask", socket, "{connection_file}"]
+        (folder / "kernels" / "python3").mkdir(parents=True)
+        spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+        (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+        known = run._environment("warm", folder, 1)
+        server = subprocess.Popen([sys.executable, str(WARM), "serve", socket], stdin=subprocess.PIPE, env=known)
+        while not Path(socket).exists():
+            assert server.poll() is None
+        original = run._environment
+        patch.setattr(run, "_environment", lambda *of: original(*of) | {"JUPYTER_PATH": str(folder)})
+        yield
+        server.stdin.close()
+        server.wait()
 
 
 def test_every_notebook_has_a_preset_and_every_preset_fits():
@@ -21,9 +50,9 @@ def test_every_notebook_has_a_preset_and_every_preset_fits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_runs_at_the_smoke_preset(name, tmp_path):
+def test_notebook_runs_at_the_smoke_preset(name, tmp_path, warm_kernels):
     said = []
-    summary = run_notebooks([name], preset="smoke", out=tmp_path, log=said.append)
+    summary = run.run_notebooks([name], preset="smoke", out=tmp_path, log=said.append)
     assert summary.ok, "\n".join(said)
     executed = json.loads((tmp_path / "notebooks" / f"{name}.ipynb").read_text())
     text = "".join(str(o.get("text", "")) for cell in executed["cells"] for o in cell.get("outputs", []))

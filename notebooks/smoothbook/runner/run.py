@@ -197,6 +197,12 @@ def _remember(out: Path, preset: str, result: Result) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(run, indent=1).encode()))
 
 
+# jsonschema, for nbformat, reads the grammar of IRIs where it is installed: a second for what no notebook holds
+_START = (
+    "import sys; sys.modules['rfc3987_syntax'] = None; from smoothbook.runner.run import _execute_job; _execute_job()"
+)
+
+
 class _Worker:
     """One notebook in its own process group, out of reach of the terminal's Ctrl-C: only the parent stops it."""
 
@@ -207,7 +213,7 @@ class _Worker:
         self.answer.unlink(missing_ok=True)
         self._forget_old_figures()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from smoothbook.runner.run import _execute_job; _execute_job()"],
+            [sys.executable, "-c", _START],
             env=job["env"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
