@@ -155,6 +155,7 @@ def test_everything_after_the_votes_works_without_torch():
     assert not {"torch", "timm"} & loaded_after(code)
 
 
+@pytest.mark.slow
 def test_figures_and_pages_of_kept_votes_need_no_torch():
     code = "import smoothbook.figures, smoothbook.tables.table, smoothbook.runner.gallery, smoothbook.panels.curve"
     assert not {"torch", "timm"} & loaded_after(code)

@@ -86,6 +86,7 @@ def test_claims(capsys):
     assert trained["holds"] == "yes" and "360 images" in trained["data"]
 
 
+@pytest.mark.slow
 def test_claims_from_published_logs(public_data, capsys):
     assert main(["claims", "--format", "csv"]) == 0
     rows = [r for r in csv.DictReader(io.StringIO(capsys.readouterr().out)) if "published log" in r["experiment"]]

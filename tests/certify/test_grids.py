@@ -39,6 +39,7 @@ def test_other_noise_needs_no_factor():
     assert (both < [0.25, 1.0]).all() and both[1] == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_too_fine_a_grid_for_rounded_noise_is_refused_and_drawn_exactly_by_default():
     images = data.from_arrays(on_grid(3_000, 4_095), grid=4_095)
     with pytest.raises(ValueError, match=r"'grid:4095' at sigma=1 has 4,095 steps a sigma.*exact-grid:4095"):

@@ -86,6 +86,7 @@ def test_what_is_certified_is_what_the_module_answers(change, precision, base, f
     assert all(c in (-1, truth) for c, truth in zip(said, mine, strict=True)) and said != [-1] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this processor has no bfloat16")
 def test_no_prepared_copy_outlives_a_change_that_weights_do_not_show(base, few):
     """In bfloat16 a copy is cast; after another adapter is put to use, that copy is another classifier."""

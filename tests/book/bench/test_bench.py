@@ -172,6 +172,7 @@ def test_counters_count_alike():
 # --- memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_function_in_a_process_of_its_own():
     """The bare engine at a small n: what a child measures comes back, and so does why one failed."""
     assert measure.in_a_process(memory._child_memory, "engine", 200)["MB"] >= 0

@@ -406,6 +406,7 @@ def test_reading_nothing_is_an_error(tmp_path, made):
         mine.certificates(["nosy"])
 
 
+@pytest.mark.slow
 def test_reading_a_table_needs_no_classifier():
     """Neither opening one nor its certificates bring timm or peft, which take seconds."""
     code = "from smoothbook import tables; tables.open('peft').frame(); import sys; print({'timm', 'peft'} & set(sys.modules))"

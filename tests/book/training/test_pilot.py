@@ -37,6 +37,7 @@ def test_answers_stand_in_the_line_of_their_image(few):
     assert pilot_accuracy(Labelled(), few, 0.0, copies=2) == 0.75
 
 
+@pytest.mark.slow
 def test_a_question_for_each_image_buys_more_of_the_gradient():
     """What notebook 21 says of its coordinator: all weights at once give about sqrt(k / d), each image by itself more."""
     row, base = tables.open("peft").rows["coordinator-0.25"], models.load("starter:digits-vit-clean")
